@@ -1,0 +1,105 @@
+# A folder of src/ is a library; the suffix of a file says what the build does with it:
+#
+#   x.cc  x_ref.cc      into the library
+#   x_cpu.cc            into the library once per instruction set, with KL_ISA naming the namespace
+#   x.cu                CUDA, for the portable list KL_CUDA_ARCHS
+#   x_sm90.cu           CUDA, for sm_90a only
+#   x_test.cc           into kl_tests, and into <folder>_tests (not built by default; quick to build for one folder)
+#   x_bench.cc          into kl_bench
+#
+# kl_folder(ops/kda DEPENDS base simd LIBRARIES foo::foo) makes the target kl_ops_kda.
+
+# Instruction sets of x_cpu.cc files: name, then compiler flags. "generic" is what every machine of this family has.
+set(KL_ISAS generic)
+set(KL_ISA_FLAGS_generic "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  list(APPEND KL_ISAS avx2 avx512)
+  set(KL_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(KL_ISA_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
+endif()
+
+define_property(GLOBAL PROPERTY KL_TEST_OBJECTS BRIEF_DOCS "object libraries of tests" FULL_DOCS "of every folder")
+define_property(GLOBAL PROPERTY KL_TEST_FOLDERS BRIEF_DOCS "libraries under test" FULL_DOCS "of every folder")
+
+function(kl_folder folder)
+  cmake_parse_arguments(ARG "" "" "DEPENDS;LIBRARIES" ${ARGN})
+  string(REPLACE "/" "_" name ${folder})
+  set(target kl_${name})
+  set(dir ${CMAKE_SOURCE_DIR}/src/${folder})
+  file(GLOB sources CONFIGURE_DEPENDS ${dir}/*.cc)
+  file(GLOB cuda_sources CONFIGURE_DEPENDS ${dir}/*.cu)
+  set(library_sources ${sources})
+  list(FILTER library_sources EXCLUDE REGEX "_(test|bench|cpu)\\.cc$")
+  set(isa_sources ${sources})
+  list(FILTER isa_sources INCLUDE REGEX "_cpu\\.cc$")
+  set(test_sources ${sources})
+  list(FILTER test_sources INCLUDE REGEX "_test\\.cc$")
+  if(KL_CUDA)
+    list(APPEND library_sources ${cuda_sources})
+  endif()
+
+  if(library_sources OR isa_sources)
+    add_library(${target} STATIC ${library_sources})
+    set(scope PUBLIC)
+  else()
+    add_library(${target} INTERFACE)
+    set(scope INTERFACE)
+  endif()
+  target_link_libraries(${target} ${scope} kl_options)
+  foreach(below ${ARG_DEPENDS})
+    string(REPLACE "/" "_" below ${below})
+    target_link_libraries(${target} ${scope} kl_${below})
+  endforeach()
+  target_link_libraries(${target} ${scope} ${ARG_LIBRARIES})
+
+  foreach(isa ${KL_ISAS})
+    if(isa_sources)
+      add_library(${target}_${isa} OBJECT ${isa_sources})
+      target_compile_definitions(${target}_${isa} PRIVATE KL_ISA=${isa})
+      target_compile_options(${target}_${isa} PRIVATE -O3 ${KL_ISA_FLAGS_${isa}})
+      target_link_libraries(${target}_${isa} PRIVATE kl_options)
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
+    endif()
+  endforeach()
+
+  foreach(source ${cuda_sources})
+    # CMake has architectures per target, not per file: sm_90a files get an object library of their own.
+    if(KL_CUDA AND source MATCHES "_sm90\\.cu$")
+      get_filename_component(stem ${source} NAME_WE)
+      add_library(${target}_${stem} OBJECT ${source})
+      set_target_properties(${target}_${stem} PROPERTIES CUDA_ARCHITECTURES 90a-real)
+      target_link_libraries(${target}_${stem} PRIVATE kl_options)
+      get_target_property(current ${target} SOURCES)
+      list(REMOVE_ITEM current ${source})
+      set_target_properties(${target} PROPERTIES SOURCES "${current}")
+      target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${stem}>)
+    endif()
+  endforeach()
+
+  if(KL_TESTS AND test_sources)
+    add_library(${target}_test_objects OBJECT ${test_sources})
+    target_link_libraries(${target}_test_objects PRIVATE ${target} kl_testing GTest::gtest rapidcheck rapidcheck_gtest)
+    target_compile_definitions(${target}_test_objects PRIVATE KL_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+    set_property(GLOBAL APPEND PROPERTY KL_TEST_OBJECTS ${target}_test_objects)
+    set_property(GLOBAL APPEND PROPERTY KL_TEST_FOLDERS ${target})
+    add_executable(${name}_tests EXCLUDE_FROM_ALL $<TARGET_OBJECTS:${target}_test_objects>)
+    target_link_libraries(${name}_tests PRIVATE ${target} kl_testing GTest::gtest_main rapidcheck)
+  endif()
+endfunction()
+
+# An operator: a folder of src/ops, which may use the ground floor, the SIMD and the CUDA toolbox.
+function(kl_op name)
+  kl_folder(ops/${name} DEPENDS base simd cuda)
+endfunction()
+
+# kl_tests: every x_test.cc of every folder.
+function(kl_test_programs)
+  get_property(objects GLOBAL PROPERTY KL_TEST_OBJECTS)
+  get_property(folders GLOBAL PROPERTY KL_TEST_FOLDERS)
+  set(files)
+  foreach(object ${objects})
+    list(APPEND files $<TARGET_OBJECTS:${object}>)
+  endforeach()
+  add_executable(kl_tests ${files})
+  target_link_libraries(kl_tests PRIVATE ${folders} kl_testing GTest::gtest_main rapidcheck)
+endfunction()

@@ -1,0 +1,137 @@
+#include "base/parallel.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/check.h"
+
+namespace kl {
+
+namespace {
+constexpr int kSpins = 2000;  // about 50 us of pause instructions before a worker goes to sleep
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+}  // namespace
+
+struct ThreadPool::Shared {
+  std::vector<std::thread> workers;
+  std::mutex run_mutex;  // one loop at a time
+
+  // A loop is published under `mutex` by raising `epoch`; workers join it, take indices from `next` and count
+  // themselves out through `active`. The caller waits for active == 0 before it may publish another.
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::atomic<uint64_t> epoch{0};
+  bool stop = false;
+
+  const std::function<void(int64_t)>* body = nullptr;
+  int64_t tasks = 0;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> active{0};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void work() {
+    for (;;) {
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= tasks) return;
+      try {
+        (*body)(i);
+      } catch (...) {
+        const std::lock_guard lock(error_mutex);
+        if (!error) error = std::current_exception();
+      }
+    }
+  }
+
+  void worker() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && epoch.load(std::memory_order_acquire) == seen; ++spin) pause();
+      {
+        std::unique_lock lock(mutex);
+        wake.wait(lock, [&] { return stop || epoch.load(std::memory_order_relaxed) != seen; });
+        if (stop) return;
+        seen = epoch.load(std::memory_order_relaxed);
+      }
+      work();
+      active.fetch_sub(1, std::memory_order_release);  // makes this worker's results visible to the caller
+    }
+  }
+};
+
+ThreadPool::ThreadPool(int threads) : shared_(std::make_unique<Shared>()) {
+  KL_CHECK(threads >= 1 && threads <= 4096, "number of threads: expected 1 to 4096, found ", threads);
+  for (int i = 1; i < threads; ++i) shared_->workers.emplace_back([s = shared_.get()] { s->worker(); });
+}
+
+ThreadPool::~ThreadPool() {
+  {
+    const std::lock_guard lock(shared_->mutex);
+    shared_->stop = true;
+    shared_->epoch.fetch_add(1);
+  }
+  shared_->wake.notify_all();
+  for (std::thread& t : shared_->workers) t.join();
+}
+
+int ThreadPool::threads() const { return static_cast<int>(shared_->workers.size()) + 1; }
+
+void ThreadPool::run(int64_t tasks, const std::function<void(int64_t)>& body) {
+  Shared& s = *shared_;
+  if (tasks <= 1 || s.workers.empty()) {
+    for (int64_t i = 0; i < tasks; ++i) body(i);
+    return;
+  }
+  const std::lock_guard one_loop(s.run_mutex);
+  {
+    const std::lock_guard lock(s.mutex);
+    s.body = &body;
+    s.tasks = tasks;
+    s.next.store(0, std::memory_order_relaxed);
+    s.error = nullptr;
+    s.active.store(static_cast<int>(s.workers.size()), std::memory_order_relaxed);
+    s.epoch.fetch_add(1, std::memory_order_release);
+  }
+  s.wake.notify_all();
+  s.work();
+  for (int spin = 0; s.active.load(std::memory_order_acquire) != 0; ++spin) {
+    if (spin < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+  if (s.error) std::rethrow_exception(s.error);
+}
+
+int available_processors() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+void parallel_for(ThreadPool* pool, int64_t n, int64_t grain,
+                  const std::function<void(int64_t, int64_t)>& body) {
+  if (n <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t pieces = (n + grain - 1) / grain;
+  const auto piece = [&](int64_t i) { body(i * grain, std::min(n, (i + 1) * grain)); };
+  if (pool) {
+    pool->run(pieces, piece);
+  } else {
+    for (int64_t i = 0; i < pieces; ++i) piece(i);
+  }
+}
+
+}  // namespace kl
