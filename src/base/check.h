@@ -4,6 +4,7 @@
 #pragma once
 
 #include <charconv>
+#include <concepts>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -20,7 +21,11 @@ class Error : public std::runtime_error {
 namespace detail {
 inline void append(std::string& out, std::string_view text) { out += text; }
 inline void append(std::string& out, char c) { out += c; }
-inline void append(std::string& out, bool b) { out += b ? "true" : "false"; }
+// Exactly bool: a string literal would rather become a bool than a string_view.
+template <std::same_as<bool> T>
+void append(std::string& out, T b) {
+  out += b ? "true" : "false";
+}
 template <class T>
 concept Number = std::is_arithmetic_v<T> && !std::is_same_v<T, bool> && !std::is_same_v<T, char>;
 template <Number T>
