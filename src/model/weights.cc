@@ -23,6 +23,9 @@ int64_t numel(const Shape& shape) {
   return n;
 }
 
+// A configuration may ask for millions of tensors that a file does not have: stop listing them here.
+constexpr size_t kMaxErrors = 100000;
+
 bool is_weight_dtype(DType d) { return d == DType::f32 || d == DType::bf16 || d == DType::f16; }
 
 // Takes tensors out of a checkpoint one by one, checks them, and remembers what was wrong and what was used.
@@ -88,6 +91,7 @@ class Collector {
     const SafetensorsFile::Entry* entry = checkpoint_.find_entry(name);
     if (!entry) {
       errors_.push_back("missing: " + name + " " + to_string(shapes[0]));
+      if (errors_.size() == kMaxErrors) finish();
       return nullptr;
     }
     used_.insert(entry->name);
@@ -200,12 +204,16 @@ LayerWeights collect_layer(Collector& from, const Config& c, int layer) {
 
 }  // namespace
 
-Weights load_weights(const Checkpoint& checkpoint, const Config& c) {
+Weights load_weights(const Checkpoint& checkpoint, const Config& c,
+                     const std::function<void(int, int)>& on_layer) {
   Weights w;
   Collector from(checkpoint, w);
   const int64_t D = c.hidden_size, vocab = c.vocab_size;
   w.embed_tokens = from.matrix("model.embed_tokens.weight", {vocab, D}, 0);
-  for (int layer = 0; layer < c.num_hidden_layers; ++layer) w.layers.push_back(collect_layer(from, c, layer));
+  for (int layer = 0; layer < c.num_hidden_layers; ++layer) {
+    w.layers.push_back(collect_layer(from, c, layer));
+    if (on_layer) on_layer(layer + 1, c.num_hidden_layers);
+  }
   w.norm = from.widened("model.norm.weight", {{D}});
   // An lm_head in the file is the head, whatever the flag says: transformers stores and uses it either way.
   if (c.tie_word_embeddings && !checkpoint.find_entry("lm_head.weight")) {

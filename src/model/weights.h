@@ -3,6 +3,7 @@
 // operator wants them so and they are small.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "io/checkpoint.h"
@@ -71,6 +72,7 @@ struct Weights {
 // misshapen tensor with what was found and what was expected. Accepts Moonshot's names and those of
 // transformers (a dense feed-forward under block_sparse_moe.), A_log as [H], [H, 1] or [1, 1, H, 1],
 // convolutions as [P, W] or [P, 1, W].
-Weights load_weights(const Checkpoint&, const Config&);
+Weights load_weights(const Checkpoint&, const Config&,
+                     const std::function<void(int layers_done, int layers)>& on_layer = {});
 
 }  // namespace kl
