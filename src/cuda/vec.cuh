@@ -1,0 +1,50 @@
+// Elements in memory <-> floats in registers, one or four at a time, for f32 and bf16. Arithmetic is always
+// f32.
+#pragma once
+
+#include "base/dtype.h"
+#include "cuda/ptx.cuh"
+
+namespace kl::cuda {
+
+KL_DEVICE float to_float(float x) { return x; }
+KL_DEVICE float to_float(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+
+template <class T>
+KL_DEVICE T from_float(float x);
+template <>
+KL_DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+KL_DEVICE bf16 from_float<bf16>(float x) {
+  bf16 y;
+  y.bits = static_cast<uint16_t>(pack_bf16(x, 0.f));
+  return y;
+}
+
+KL_DEVICE float4 unpack_bf16x4(uint2 v) {
+  return {__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u), __uint_as_float(v.y << 16),
+          __uint_as_float(v.y & 0xffff0000u)};
+}
+KL_DEVICE uint2 pack_bf16x4(float4 v) { return {pack_bf16(v.x, v.y), pack_bf16(v.z, v.w)}; }
+KL_DEVICE float4 as_float4(uint4 v) {
+  return {__uint_as_float(v.x), __uint_as_float(v.y), __uint_as_float(v.z), __uint_as_float(v.w)};
+}
+KL_DEVICE uint4 as_uint4(float4 v) {
+  return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
+}
+
+// Four neighbours, aligned to their joint size.
+KL_DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+KL_DEVICE float4 load4(const bf16* p) { return unpack_bf16x4(*reinterpret_cast<const uint2*>(p)); }
+KL_DEVICE void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
+KL_DEVICE void store4(bf16* p, float4 v) { *reinterpret_cast<uint2*>(p) = pack_bf16x4(v); }
+
+// The same for data that is touched once and should not push other data out of the caches.
+KL_DEVICE float4 load4_stream(const float* p) { return as_float4(load_stream16(p)); }
+KL_DEVICE float4 load4_stream(const bf16* p) { return unpack_bf16x4(load_stream8(p)); }
+KL_DEVICE void store4_stream(float* p, float4 v) { store_stream16(p, as_uint4(v)); }
+KL_DEVICE void store4_stream(bf16* p, float4 v) { store_stream8(p, pack_bf16x4(v)); }
+
+}  // namespace kl::cuda
