@@ -2,7 +2,7 @@
 // f32.
 #pragma once
 
-#include "base/dtype.h"
+#include "base/tensor.h"
 #include "cuda/ptx.cuh"
 
 namespace kl::cuda {
@@ -46,5 +46,21 @@ KL_DEVICE float4 load4_stream(const float* p) { return as_float4(load_stream16(p
 KL_DEVICE float4 load4_stream(const bf16* p) { return unpack_bf16x4(load_stream8(p)); }
 KL_DEVICE void store4_stream(float* p, float4 v) { store_stream16(p, as_uint4(v)); }
 KL_DEVICE void store4_stream(bf16* p, float4 v) { store_stream8(p, pack_bf16x4(v)); }
+
+// True if every row of `t` can be moved four elements at a time; its last dimension is contiguous.
+inline bool in_fours(const Tensor& t) {
+  for (int d = 0; d + 1 < t.rank; ++d)
+    if (t.stride[d] % 4 != 0) return false;
+  return t.size(-1) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(t.data) % (4 * static_cast<size_t>(size_of(t.dtype))) == 0;
+}
+
+// f<T>() for the element types that CUDA kernels take: dispatch_operand(t.dtype, [&]<class T>() { ... }).
+template <class F>
+decltype(auto) dispatch_operand(DType dtype, F&& f) {
+  KL_CHECK(dtype == DType::f32 || dtype == DType::bf16, "expected a tensor of F32 or BF16, found ",
+           name_of(dtype));
+  return dtype == DType::bf16 ? f.template operator()<bf16>() : f.template operator()<float>();
+}
 
 }  // namespace kl::cuda
