@@ -17,7 +17,9 @@ struct Model {
 };
 
 // Maps a checkpoint directory. Reads headers and vectors only; matrices are paged in when they are first
-// used.
-Model load_model(const std::string& directory);
+// used. `on_layer` is called as layers are found: with a cold disk the vectors of a large model take their
+// time.
+using LoadProgress = std::function<void(int layers_done, int layers)>;
+Model load_model(const std::string& directory, const LoadProgress& on_layer = {});
 
 }  // namespace kl

@@ -1,0 +1,79 @@
+// The subcommands of `kimi-linear`: their options, filled from the command line by kimi_linear.cc, and their
+// entry points. A command returns its exit code; it throws kl::Error for everything that the user should
+// read.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/sample/sample.h"
+
+namespace kl::app {
+
+struct ModelOptions {
+  std::string model;               // -m: a directory or a repository id of the Hugging Face cache
+  int threads = 0;                 // -t; 0: all
+  int64_t context = 0;             // -c; 0: the model's, at most 32768
+  int batch = 512;                 // -b: prompt tokens at a time
+  std::string cache_type = "f32";  // of the latent cache: f32 or bf16
+  bool hf_compat_router = false;
+  std::optional<float> kv_a_layernorm_eps;
+};
+
+// Sampling as given on the command line; what is absent comes from generation_config.json, then from our
+// defaults.
+struct SamplingOptions {
+  std::optional<float> temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  std::optional<int> top_k;
+  std::optional<uint64_t> seed;
+  int64_t max_tokens = -1;
+  bool ignore_eos = false;
+};
+
+struct RunOptions {
+  ModelOptions model;
+  SamplingOptions sampling;
+  std::optional<std::string> prompt;
+  std::string prompt_file;
+  std::string system;
+  std::string ids;
+  bool raw = false, print_ids = false, special = false, quiet = false;
+};
+int run(const RunOptions&);
+
+struct ChatOptions {
+  ModelOptions model;
+  SamplingOptions sampling;
+  std::string system;
+};
+int chat(const ChatOptions&);
+
+struct InspectOptions {
+  ModelOptions model;
+  bool tensors = false;
+};
+int inspect(const InspectOptions&);
+
+struct TokenizeOptions {
+  std::string model;
+  std::optional<std::string> text;
+  bool parse_special = false, count = false, pieces = false;
+};
+int tokenize(const TokenizeOptions&);
+
+struct DetokenizeOptions {
+  std::string model;
+  std::optional<std::string> ids;
+};
+int detokenize(const DetokenizeOptions&);
+
+struct LogitsOptions {
+  ModelOptions model;
+  std::string ids, ids_file, output;
+  bool hidden = false;
+};
+int logits(const LogitsOptions&);
+
+}  // namespace kl::app
