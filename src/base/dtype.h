@@ -139,4 +139,14 @@ decltype(auto) dispatch_float(DType dtype, F&& f) {
   }
 }
 
+// The same for operands that are F32 or BF16 and nothing else, as those of most operators are.
+template <class F>
+decltype(auto) dispatch_f32_bf16(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f.template operator()<float>();
+    case DType::bf16: return f.template operator()<bf16>();
+    default: detail::fail(cat("expected a tensor of F32 or BF16, found ", name_of(dtype)));
+  }
+}
+
 }  // namespace kl

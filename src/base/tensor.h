@@ -136,4 +136,25 @@ inline void check_dtype(std::string_view name, const Tensor& t, std::initializer
   detail::fail(cat(name, ": expected ", want, ", found ", name_of(t.dtype)));
 }
 
+// Throws unless `t` lies in the memory of this device.
+inline void check_device(std::string_view name, const Tensor& t, Device expected) {
+  KL_CHECK(t.device == expected, name, ": expected a tensor on ", name_of(expected), ", found one on ",
+           name_of(t.device));
+}
+
+// Throws unless the elements of a row (the last dimension) lie side by side. Other dimensions may be strided.
+inline void check_rows(std::string_view name, const Tensor& t) {
+  KL_CHECK(t.rank > 0 && (t.shape[t.rank - 1] <= 1 || t.stride[t.rank - 1] == 1), name,
+           ": expected a last dimension of stride 1, found ", t.rank > 0 ? t.stride[t.rank - 1] : 0);
+}
+
+// Throws if `out` begins where `in` does but its elements lie elsewhere: an element-wise operator can work in
+// place, but not while it moves what it has yet to read.
+inline void check_in_place(std::string_view name, const Tensor& out, const Tensor& in) {
+  if (out.data != in.data || out.numel() == 0) return;
+  bool same = out.rank == in.rank && out.dtype == in.dtype;
+  for (int d = 0; d < out.rank; ++d) same = same && (out.shape[d] == 1 || out.stride[d] == in.stride[d]);
+  KL_CHECK(same, name, ": shares its memory with an input of another type or other strides");
+}
+
 }  // namespace kl
