@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# ./test.sh: installs what is missing, builds, and runs every test. The last line says how many passed and failed.
+#   --quick   leaves out the sanitizer and CUDA builds
+set -euo pipefail
+cd "$(dirname "$0")"
+. tools/setup.sh
+
+quick=0
+for argument in "$@"; do
+  case $argument in
+    --quick) quick=1 ;;
+    *) echo "usage: ./test.sh [--quick]" >&2; exit 2 ;;
+  esac
+done
+
+passed=0 failed=0
+# count NAME COMMAND...: one check that passes if the command succeeds.
+check() {
+  local name=$1
+  shift
+  if "$@"; then passed=$((passed + 1)); echo "ok    $name"; else failed=$((failed + 1)); echo "FAIL  $name"; fi
+}
+# unit NAME PROGRAM [ARGUMENTS]: a GoogleTest program; every test counts. A crash counts as a failure.
+unit() {
+  local name=$1 report started=$SECONDS status=0 numbers
+  shift
+  report=$(mktemp -d)
+  "$@" --gtest_brief=1 --gtest_output=json:"$report/r.json" >"$report/log" 2>&1 || status=$?
+  if numbers=$(python3 tools/count_tests.py "$report/r.json" 2>/dev/null); then
+    read -r good bad skipped <<<"$numbers"
+  else
+    good=0 bad=1 skipped=0
+  fi
+  [ "$status" = 0 ] || [ "$bad" -gt 0 ] || bad=1
+  passed=$((passed + good)) failed=$((failed + bad))
+  echo "$([ "$bad" = 0 ] && echo 'ok   ' || echo FAIL)  $name: $good passed, $bad failed, $skipped skipped, $((SECONDS - started)) s"
+  [ "$bad" = 0 ] || tail -n 60 "$report/log"
+  rm -rf "$report"
+}
+
+need_packages $BUILD_PACKAGES $TEST_PACKAGES
+
+say "Structure"
+check "include graph: no include runs up a floor" python3 tools/include_graph.py --check
+check "include graph: finds what it should" python3 tools/include_graph.py --self-test
+if command -v clang-format >/dev/null && clang-format --version | grep -q 'version 14\.'; then
+  check "clang-format" bash -c 'git ls-files "*.cc" "*.h" "*.cu" "*.cuh" | xargs clang-format --dry-run --Werror'
+fi
+
+say "Release build and tests"
+build cpu kimi-linear kl_tests -- -DKL_WERROR=ON
+unit "unit tests" build/cpu/kl_tests
+unit "program" python3 tests/program_test.py build/cpu/kimi-linear
+
+if [ $quick = 0 ]; then
+  say "AddressSanitizer and UndefinedBehaviorSanitizer"
+  build asan kl_tests
+  unit "unit tests under ASan and UBSan" build/asan/kl_tests
+
+  nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
+  if [ -n "$nvcc" ]; then
+    say "CUDA build (no GPU needed)"
+    check "CUDA kernels compile and link" build cuda kl_tests -- -DCMAKE_CUDA_COMPILER="$nvcc"
+  else
+    say "CUDA build left out: no nvcc here"
+  fi
+fi
+
+echo
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ]

@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""The program from outside: what goes to stdout and stderr, exit codes, signals, and its answers on the shipped model.
+
+usage: program_test.py PROGRAM [--gtest_brief=1] [--gtest_output=json:FILE]   (the report is in GoogleTest's form)
+"""
+import json
+import os
+import pty
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DEMO = os.path.join(ROOT, "models", "demo")
+GOLDEN = os.path.join(ROOT, "tests", "golden")
+PROGRAM = None
+
+
+def run(*arguments, stdin="", **extra):
+    return subprocess.run([PROGRAM, *arguments], input=stdin, capture_output=True, text=True, timeout=300, **extra)
+
+
+def golden():
+    with open(os.path.join(GOLDEN, "demo_golden.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_safetensors(path):
+    """name -> (shape, list of floats) of the F32 tensors of a file."""
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(size))
+        data = file.read()
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            tensors[name] = (entry["shape"], struct.unpack(f"<{(end - begin) // 4}f", data[begin:end]))
+    return tensors
+
+
+def rel_rms(x, reference):
+    error = sum((a - b) ** 2 for a, b in zip(x, reference))
+    return (error / sum(b * b for b in reference)) ** 0.5
+
+
+class Run(unittest.TestCase):
+    def test_chat_answers_are_the_golden_ones(self):
+        # The golden greedy ids end at the stop token, which run does not print.
+        for name in ("define_gravity", "what_is_music", "codes"):
+            case = golden()[name]
+            user = case["prompt_text"].split("<|im_middle|>", 1)[1].split("<|im_end|>", 1)[0]
+            result = run("run", "-m", DEMO, "--temp", "0", user)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertEqual(result.stdout, case["text"].replace("<|im_end|>", "") + "\n", name)
+            self.assertEqual(result.stderr, "")
+
+    def test_raw_continuation_from_stdin(self):
+        case = golden()["prose"]
+        result = run("run", "-m", DEMO, "--raw", "--temp", "0", "-n", "48", stdin=case["prompt_text"])
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertEqual(result.stdout, case["text"] + "\n")
+
+    def test_ids_in_ids_out(self):
+        case = golden()["one_token"]
+        result = run("run", "-m", DEMO, "--ids", " ".join(map(str, case["ids"])), "--print-ids", "--temp", "0", "-n", "48")
+        self.assertEqual(result.stdout.split(), [str(i) for i in case["greedy"]])
+
+    def test_without_a_tokenizer_ids_still_work(self):
+        case = golden()["one_token"]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in os.listdir(DEMO):
+                if "token" not in name or name == "tokenizer_none":
+                    os.symlink(os.path.join(DEMO, name), os.path.join(folder, name))
+            self.assertFalse(os.path.exists(os.path.join(folder, "tiktoken.model")))
+            arguments = ["run", "-m", folder, "--ids", "7936", "--temp", "0", "-n", "4"]
+            result = run(*arguments, "--print-ids")
+            self.assertEqual(result.stdout.split(), [str(i) for i in case["greedy"][:4]], result.stderr)
+            result = run(*arguments)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("no tokenizer", result.stderr)
+
+    def test_seed_repeats_a_draw(self):
+        arguments = ["run", "-m", DEMO, "--raw", "--temp", "1", "-n", "16", "--print-ids"]
+        first = run(*arguments, "--seed", "7", "Once upon a time")
+        again = run(*arguments, "--seed", "7", "Once upon a time")
+        other = run(*arguments, "--seed", "8", "Once upon a time")
+        self.assertEqual(first.stdout, again.stdout)
+        self.assertNotEqual(first.stdout, other.stdout)
+        self.assertEqual(len(first.stdout.split()), 16)
+
+    def test_the_answer_does_not_depend_on_threads_or_batch(self):
+        prompt = golden()["passkey"]["ids"][:300]
+        answers = set()
+        for flags in (["-t", "1"], ["-t", "3"], ["-b", "17"], ["-b", "64", "-t", "2"]):
+            result = run("run", "-m", DEMO, "--ids", " ".join(map(str, prompt)), "--print-ids", "--temp", "0", "-n", "24", *flags)
+            answers.add(result.stdout)
+        self.assertEqual(len(answers), 1, answers)
+
+    def test_model_of_the_hugging_face_cache(self):
+        with tempfile.TemporaryDirectory() as hub:
+            repository = os.path.join(hub, "models--someone--tiny")
+            snapshot = os.path.join(repository, "snapshots", "0123abc")
+            os.makedirs(os.path.join(repository, "refs"))
+            os.makedirs(os.path.dirname(snapshot))
+            os.symlink(DEMO, snapshot)
+            with open(os.path.join(repository, "refs", "main"), "w", encoding="utf-8") as file:
+                file.write("0123abc")
+            environment = dict(os.environ, HF_HUB_CACHE=hub)
+            result = run("tokenize", "-m", "someone/tiny", "--count", "Hello", env=environment)
+            self.assertEqual(result.returncode, 0, result.stderr)
+            result = run("tokenize", "-m", "someone/other", "--count", "Hello", env=environment)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("someone/other", result.stderr)
+
+
+class Errors(unittest.TestCase):
+    def test_usage_errors_exit_with_2(self):
+        for arguments in ([], ["nonsense"], ["run"], ["run", "-m", DEMO, "--no-such-flag", "x"], ["run", "-m", DEMO, "-t", "x", "y"],
+                          ["logits", "-m", DEMO, "--ids", "1"], ["run", "-m", DEMO, "--cache-type", "f16", "x"]):
+            result = run(*arguments)
+            self.assertEqual(result.returncode, 2, arguments)
+            self.assertEqual(result.stdout, "", arguments)
+            self.assertNotEqual(result.stderr, "", arguments)
+
+    def test_runtime_errors_exit_with_1_and_say_why(self):
+        cases = [
+            (["run", "-m", "/no/such/place", "x"], "/no/such/place"),
+            (["run", "-m", DEMO, "--ids", "1 2 x"], "expected integers"),
+            (["run", "-m", DEMO, "--ids", "8192"], "8192"),
+            (["run", "-m", DEMO, "--ids", "-1"], "-1"),
+            (["run", "-m", DEMO, "--temp", "-1", "x"], "temperature"),
+            (["run", "-m", DEMO, "--top-p", "nan", "x"], "top_p"),
+            (["run", "-m", DEMO, "-c", "4", "a prompt that is longer than four tokens"], "context"),
+            (["run", "-m", DEMO, ""], None),
+            (["detokenize", "-m", DEMO, "999999"], "999999"),
+            (["logits", "-m", DEMO, "--ids", "1 2", "-o", "/no/such/folder/x.safetensors"], "/no/such/folder"),
+        ]
+        for arguments, message in cases:
+            result = run(*arguments)
+            if message is None:
+                self.assertIn(result.returncode, (0, 1), arguments)
+                continue
+            self.assertEqual(result.returncode, 1, (arguments, result.stderr))
+            self.assertIn(message, result.stderr)
+            self.assertEqual(result.stdout, "")
+
+    def test_broken_checkpoints_are_refused(self):
+        with tempfile.TemporaryDirectory() as folder:
+            model = os.path.join(folder, "model")
+            shutil.copytree(DEMO, model)
+            shard = os.path.join(model, "model-00002-of-00003.safetensors")
+            os.truncate(shard, os.path.getsize(shard) - 1000)
+            result = run("run", "-m", model, "--raw", "x")
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("model-00002-of-00003.safetensors", result.stderr)
+            os.remove(shard)
+            result = run("inspect", "-m", model)
+            self.assertEqual(result.returncode, 1)
+            self.assertIn("model-00002-of-00003.safetensors", result.stderr)
+
+    def test_closed_stdout_is_an_orderly_end(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        process = subprocess.run([PROGRAM, "run", "-m", DEMO, "--raw", "-n", "5", "x"], stdout=writer, stderr=subprocess.PIPE,
+                                 text=True, timeout=300)
+        os.close(writer)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn("standard output", process.stderr)
+
+    def test_signals_end_it_in_order(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = subprocess.Popen([PROGRAM, "run", "-m", DEMO, "--raw", "--ignore-eos", "-c", "60000", "--temp", "1", "x"],
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+            process.stdout.read(20)  # it is talking
+            process.send_signal(number)
+            process.stdout.read()
+            self.assertEqual(process.wait(timeout=60), 0)
+            process.stdout.close()
+            process.stderr.close()
+
+
+class Tokens(unittest.TestCase):
+    def test_round_trip(self):
+        text = "It is a truth, \u00e9t\u00e9 \u4e2d\u6587 <|im_end|>!\n"
+        ids = run("tokenize", "-m", DEMO, stdin=text).stdout
+        self.assertEqual(run("detokenize", "-m", DEMO, stdin=ids).stdout, text + "\n")
+        self.assertNotIn("7938", ids.split())
+        self.assertIn("7938", run("tokenize", "-m", DEMO, "--parse-special", stdin=text).stdout.split())
+        self.assertEqual(run("tokenize", "-m", DEMO, "--count", stdin=text).stdout, f"{len(ids.split())}\n")
+
+
+class Inspect(unittest.TestCase):
+    def test_numbers_of_the_demo(self):
+        out = run("inspect", "-m", DEMO, "--tensors").stdout
+        self.assertIn("14526988", out)
+        self.assertIn("8: 6 KDA, 2 MLA  KKKMKKKM", out)
+        self.assertIn("model.layers.7.self_attn.kv_b_proj.weight  BF16 [512, 512]", out)
+
+
+class Logits(unittest.TestCase):
+    def test_file_matches_the_golden_one(self):
+        case = golden()["prose_65"]
+        reference = read_safetensors(os.path.join(GOLDEN, "demo_golden.safetensors"))
+        with tempfile.TemporaryDirectory() as folder:
+            path, ids = os.path.join(folder, "out.safetensors"), os.path.join(folder, "ids.txt")
+            with open(ids, "w", encoding="utf-8") as file:
+                file.write("\n".join(map(str, case["ids"])))
+            result = run("logits", "-m", DEMO, "--ids-file", ids, "--hidden", "-o", path, "-b", "30")
+            self.assertEqual((result.returncode, result.stdout), (0, ""), result.stderr)
+            ours = read_safetensors(path)
+        self.assertEqual(sorted(ours), sorted(["logits"] + [f"hidden.{i}" for i in range(9)]))
+        shape, values = ours["logits"]
+        self.assertEqual(shape, [65, 8192])
+        kept = [v for row in case["positions"] for v in values[row * 8192:(row + 1) * 8192]]
+        self.assertLess(rel_rms(kept, reference["prose_65.logits"][1]), 2e-5)
+        for i in range(9):
+            self.assertLess(rel_rms(ours[f"hidden.{i}"][1], reference[f"prose_65.hidden.{i}"][1]), 2e-5, i)
+
+
+class Chat(unittest.TestCase):
+    def test_plain_input(self):
+        case = golden()["what_is_music"]
+        lines = "/help\nWhat does music mean?\n/reset\n\"\"\"What does music\n mean?\"\"\"\n/nonsense\nWhat does music \\\nmean?\n/quit\nnot read\n"
+        result = run("chat", "-m", DEMO, "--temp", "0", stdin=lines)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        answers = result.stdout.split("\n")
+        self.assertEqual(answers[0], case["text"].replace("<|im_end|>", ""))
+        self.assertGreaterEqual(len(answers), 3)
+        self.assertIn("/system TEXT", result.stderr)
+        self.assertIn("/nonsense", result.stderr)
+
+    def test_terminal_ctrl_c_stops_the_answer_only(self):
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.environ["HOME"] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
+            os.environ["TERM"] = "xterm"
+            os.execv(PROGRAM, [PROGRAM, "chat", "-m", DEMO, "--temp", "1", "--seed", "1", "--ignore-eos"])
+        seen = b""
+
+        def wait_for(text, seconds=60):
+            nonlocal seen
+            end = time.time() + seconds
+            while text not in seen:
+                self.assertLess(time.time(), end, seen)
+                seen += os.read(terminal, 65536)
+            seen = seen[seen.index(text) + len(text):]
+
+        wait_for(b"> ")
+        os.write(terminal, b"Tell me everything.\r")
+        wait_for(b"everything.")
+        time.sleep(0.5)  # it never stops by itself (--ignore-eos)
+        os.write(terminal, b"\x03")
+        wait_for(b"(stopped)")
+        wait_for(b"> ")
+        os.write(terminal, b"\x03")  # at the prompt: a hint
+        wait_for(b"Ctrl-D")
+        wait_for(b"> ")
+        os.write(terminal, b"/quit\r")
+        end = time.time() + 30
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            self.assertLess(time.time(), end)
+            time.sleep(0.05)
+        os.close(terminal)
+        self.assertEqual(os.waitstatus_to_exitcode(status), 0)
+
+
+def main():
+    global PROGRAM
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--gtest")]
+    reports = [a.split("json:", 1)[1] for a in sys.argv[1:] if a.startswith("--gtest_output=json:")]
+    PROGRAM = os.path.abspath(arguments[0])
+    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
+    result = unittest.TextTestRunner(verbosity=2).run(suite)
+    bad = len(result.failures) + len(result.errors)
+    if reports:
+        good = result.testsRun - bad - len(result.skipped)
+        entries = [{"result": "COMPLETED"}] * good + [{"result": "COMPLETED", "failures": [1]}] * bad
+        entries += [{"result": "SKIPPED"}] * len(result.skipped)
+        with open(reports[0], "w", encoding="utf-8") as file:
+            json.dump({"testsuites": [{"testsuite": entries}]}, file)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
