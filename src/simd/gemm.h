@@ -1,0 +1,32 @@
+// The matrix products of all CPU operators: one thread, f32 sums, the second factor as it lies in a
+// checkpoint or a cache.
+//
+//   gemm_nt   C[i, j] = sum_l A[i, l] · B[j, l]     B [n, k]: a linear layer's weight, keys
+//   gemm_nn   C[i, j] = sum_l A[i, l] · B[l, j]     B [k, n]: values, a weight that is applied transposed
+//
+// The order in which an element's terms are added depends on k alone: not on m, n, the strides or the
+// element's place, so that a row of C has the same bits whatever it is computed together with.
+#pragma once
+
+#include <cstdint>
+
+#include "base/dtype.h"
+#include "simd/isa.h"
+
+namespace kl {
+
+struct Gemm {
+  const float* a;
+  int64_t lda;    // elements from row to row
+  const void* b;  // f32|bf16|f16
+  DType b_dtype;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  int64_t m, n, k;
+  bool accumulate = false;  // C += instead of C =
+};
+
+KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)
+
+}  // namespace kl

@@ -1,0 +1,50 @@
+// Which instruction set the CPU kernels use. An x_cpu.cc file is compiled once per instruction set, each time
+// in a namespace of that name (kl::generic, kl::avx2, kl::avx512); x.cc declares the functions for all of
+// them and calls the active one:
+//
+//   KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&);)
+//   KL_ACTIVE_ISA(gemm_nt)({...});
+//
+// The active one is chosen at the first use and stays, unless somebody forces another.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+namespace kl {
+
+enum class Isa : uint8_t { generic, avx2, avx512 };  // each includes the ones before it
+
+constexpr std::string_view name_of(Isa isa) {
+  return isa == Isa::generic ? "generic" : isa == Isa::avx2 ? "avx2" : "avx512";
+}
+
+bool isa_supported(Isa);  // by this build, the processor and the operating system
+Isa best_isa();
+Isa active_isa();     // best_isa(), or what was forced
+void force_isa(Isa);  // for all threads, between operators; throws if it is not supported
+
+}  // namespace kl
+
+#if defined(__x86_64__)
+#define KL_DECLARE_PER_ISA(...) \
+  namespace generic {           \
+  __VA_ARGS__                   \
+  }                             \
+  namespace avx2 {              \
+  __VA_ARGS__                   \
+  }                             \
+  namespace avx512 {            \
+  __VA_ARGS__                   \
+  }
+#define KL_ACTIVE_ISA(function)                                \
+  (::kl::active_isa() == ::kl::Isa::avx512 ? &avx512::function \
+   : ::kl::active_isa() == ::kl::Isa::avx2 ? &avx2::function   \
+                                           : &generic::function)
+#else
+#define KL_DECLARE_PER_ISA(...) \
+  namespace generic {           \
+  __VA_ARGS__                   \
+  }
+#define KL_ACTIVE_ISA(function) (&generic::function)
+#endif
