@@ -21,7 +21,10 @@ class SafetensorsFile {
     const std::byte* data;
     int64_t bytes;
 
-    // A view. Throws for a rank above kMaxRank.
+    // Published files place tensors at multiples of their element size, but the format does not ask for it.
+    // (Checkpoint::find gives an aligned copy of a tensor that is not. One without elements always is.)
+    bool is_aligned() const;
+    // A view. Throws for a rank above kMaxRank and for a tensor that is not aligned.
     Tensor tensor() const;
   };
 
@@ -41,7 +44,7 @@ class SafetensorsFile {
 };
 
 // Writes a file atomically (a temporary file beside it, then a rename). Tensors must be contiguous CPU
-// tensors.
+// tensors. Throws kl::Error with the path and the reason; then what was at `path` before is still there.
 void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 
