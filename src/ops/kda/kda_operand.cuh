@@ -1,0 +1,116 @@
+// What every KDA kernel reads its operands with: strided f32|bf16 views, cu_seqlens of either width, the gate
+// and the write strength. Element types of operands are decided at run time: a branch that the whole grid
+// takes alike costs one instruction, and saves sixteen copies of each kernel.
+#pragma once
+
+#include "cuda/vec.cuh"
+#include "ops/kda/kda.h"
+
+namespace kl::cuda {
+
+// [T, H, X] or [T, H], innermost contiguous, f32 or bf16.
+struct Operand {
+  void* data;
+  int64_t token_stride, head_stride;  // in elements
+  bool is_bf16;
+};
+inline Operand operand(const Tensor& t) {
+  return {t.data, t.stride[0], t.rank > 2 ? t.stride[1] : 1, t.dtype == DType::bf16};
+}
+
+// Where element (token, head, 0) stands, counted in elements.
+KL_DEVICE int64_t offset_of(const Operand& t, int64_t token, int64_t head) {
+  return token * t.token_stride + head * t.head_stride;
+}
+KL_DEVICE float load_element(const Operand& t, int64_t i) {
+  return t.is_bf16 ? to_float(static_cast<const bf16*>(t.data)[i]) : static_cast<const float*>(t.data)[i];
+}
+KL_DEVICE void store_element(const Operand& t, int64_t i, float x) {
+  if (t.is_bf16)
+    static_cast<bf16*>(t.data)[i] = from_float<bf16>(x);
+  else
+    static_cast<float*>(t.data)[i] = x;
+}
+
+// kCount neighbours (2 or a multiple of 4) from element i on. kFull: aligned and all inside the row;
+// otherwise the first `valid` are loaded (any int, at most 0 for none) and the rest are 0.
+template <int kCount, bool kFull>
+KL_DEVICE void load_run(float (&x)[kCount], const Operand& t, int64_t i, int valid) {
+  if constexpr (!kFull) {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) x[e] = e < valid ? load_element(t, i + e) : 0.f;
+  } else if constexpr (kCount == 2) {
+    if (t.is_bf16) {
+      const uint32_t two = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(t.data) + i);
+      x[0] = __uint_as_float(two << 16), x[1] = __uint_as_float(two & 0xffff0000u);
+    } else {
+      const float2 two = *reinterpret_cast<const float2*>(static_cast<const float*>(t.data) + i);
+      x[0] = two.x, x[1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 4) {
+      const float4 four = t.is_bf16 ? load4(static_cast<const bf16*>(t.data) + i + e)
+                                    : load4(static_cast<const float*>(t.data) + i + e);
+      x[e] = four.x, x[e + 1] = four.y, x[e + 2] = four.z, x[e + 3] = four.w;
+    }
+  }
+}
+template <bool kFull>
+KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[4], int valid) {
+  if constexpr (kFull) {
+    const float4 four{x[0], x[1], x[2], x[3]};
+    if (t.is_bf16)
+      store4(static_cast<bf16*>(t.data) + i, four);
+    else
+      store4(static_cast<float*>(t.data) + i, four);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (e < valid) store_element(t, i + e, x[e]);
+  }
+}
+
+// An i32 or i64 vector of row numbers.
+struct RowNumbers {
+  const void* data;
+  bool is_i64;
+};
+inline RowNumbers row_numbers(const Tensor& t) { return {t.data, t.dtype == DType::i64}; }
+KL_DEVICE int64_t row_number(const RowNumbers& t, int64_t i) {
+  return t.is_i64 ? static_cast<const int64_t*>(t.data)[i] : static_cast<const int32_t*>(t.data)[i];
+}
+
+// The gate of one value head.
+struct GateParams {
+  const float* A_log;    // [Hv], null: 0
+  const float* dt_bias;  // [Hv, K] with stride dt_stride, null: 0
+  int64_t dt_stride;
+  float lower_bound;
+  KdaGateKind kind;
+};
+inline GateParams gate_params(const KdaGate& gate) {
+  return {static_cast<const float*>(gate.A_log.data), static_cast<const float*>(gate.dt_bias.data),
+          gate.dt_bias ? gate.dt_bias.stride[0] : 0, gate.lower_bound, gate.kind};
+}
+
+// exp(A_log[head]); 1 where the gate has none.
+KL_DEVICE float gate_factor(const GateParams& gate, int64_t head) {
+  return gate.A_log != nullptr && gate.kind != KdaGateKind::log_decay ? expf(gate.A_log[head]) : 1.f;
+}
+
+// log(1 + e^x) with a small relative error also where it is tiny: slow gates act over a million tokens.
+KL_DEVICE float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
+KL_DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+
+// The log-decay of one channel; `factor` from gate_factor(), `z` the tensor's element plus dt_bias.
+KL_DEVICE float log_decay(const GateParams& gate, float factor, float z) {
+  if (gate.kind == KdaGateKind::log_decay) return z;
+  return gate.kind == KdaGateKind::softplus ? -factor * softplus(z) : gate.lower_bound * sigmoid(factor * z);
+}
+
+KL_DEVICE float write_strength(KdaBeta kind, float x) {
+  return kind == KdaBeta::value ? x : (kind == KdaBeta::sigmoid ? 1.f : 2.f) * sigmoid(x);
+}
+
+}  // namespace kl::cuda
