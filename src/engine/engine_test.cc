@@ -1,0 +1,129 @@
+// Sessions: feeding in chunks, generating, stopping, copying, limits.
+#include "engine/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "testing/golden.h"
+
+namespace kl {
+namespace {
+
+using nlohmann::json;
+
+json golden(const char* name) {
+  json j;
+  std::ifstream(testing::golden_path("demo_golden.json")) >> j;
+  return j[name];
+}
+
+Engine make_engine(EngineOptions options = {}) { return Engine(load_model(testing::demo_model()), options); }
+
+SampleParams greedy() { return {.temperature = 0}; }
+
+std::vector<int32_t> generate_greedy(Session& session, const GenerateOptions& options) {
+  Sampler sampler(greedy());
+  return generate(session, sampler, options, [](int32_t) {}).ids;
+}
+
+TEST(Engine, GreedyAnswersAreTheGoldenOnes) {
+  Engine engine = make_engine({.context = 2048, .prefill_chunk = 100});
+  for (const char* name : {"passkey", "prose", "one_token"}) {
+    const json c = golden(name);
+    Session session(engine);
+    session.feed(c["ids"].get<std::vector<int32_t>>());
+    const auto expected = c["greedy"].get<std::vector<int32_t>>();
+    EXPECT_EQ(generate_greedy(session, {.max_tokens = static_cast<int64_t>(expected.size())}), expected)
+        << name;
+  }
+}
+
+TEST(Engine, StopTokensEndTheAnswerAndStayOut) {
+  Engine engine = make_engine({.context = 512});
+  const json c = golden("codes");
+  auto expected = c["greedy"].get<std::vector<int32_t>>();
+  const int32_t stop = expected.back();
+  expected.pop_back();
+  Session session(engine);
+  session.feed(c["ids"].get<std::vector<int32_t>>());
+  Sampler sampler(greedy());
+  std::vector<int32_t> streamed;
+  const GenerateResult result =
+      generate(session, sampler, {.stop_ids = {stop}}, [&](int32_t id) { streamed.push_back(id); });
+  EXPECT_EQ(result.finish, Finish::stop);
+  EXPECT_EQ(result.stop_id, stop);
+  EXPECT_EQ(result.ids, expected);
+  EXPECT_EQ(streamed, expected);
+}
+
+TEST(Engine, ProgressCountsUpToTheTotal) {
+  Engine engine = make_engine({.context = 512, .prefill_chunk = 30});
+  Session session(engine);
+  double last = 0;
+  session.feed(golden("prose_129")["ids"].get<std::vector<int32_t>>(), [&](Session::Progress p) {
+    EXPECT_GT(p.done, last);
+    EXPECT_EQ(p.total, 129);
+    last = p.done;
+  });
+  EXPECT_EQ(last, 129);
+}
+
+TEST(Engine, StopsBetweenChunksAndGoesOnLater) {
+  Engine engine = make_engine({.context = 512, .sessions = 2, .prefill_chunk = 30});
+  const auto ids = golden("prose_129")["ids"].get<std::vector<int32_t>>();
+  Session whole(engine), cut(engine);
+  whole.feed(ids);
+  std::atomic<bool> stop{false};
+  cut.feed(
+      ids, [&](Session::Progress p) { stop = p.done > 40; }, &stop);
+  EXPECT_EQ(cut.tokens().size(), 60u);
+  cut.feed(std::span(ids).subspan(60));
+  EXPECT_TRUE(std::equal(whole.logits().begin(), whole.logits().end(), cut.logits().begin()));
+}
+
+TEST(Engine, TheContextIsALimitNotACrash) {
+  Engine engine = make_engine({.context = 20});
+  Session session(engine);
+  const auto ids = golden("prose_129")["ids"].get<std::vector<int32_t>>();
+  EXPECT_THROW(session.feed(ids), Error);
+  EXPECT_TRUE(session.tokens().empty());
+  session.feed(std::span(ids).first(15));
+  Sampler sampler(greedy());
+  const GenerateResult result = generate(session, sampler, {}, [](int32_t) {});
+  EXPECT_EQ(result.finish, Finish::length);
+  EXPECT_EQ(result.ids.size(), 6u);  // five that fit, and one that need not be fed
+  session.reset();
+  EXPECT_EQ(session.room(), 20);
+  EXPECT_THROW(generate(session, sampler, {}, [](int32_t) {}), Error);
+}
+
+TEST(Engine, CopiedSessionsGoSeparateWays) {
+  Engine engine = make_engine({.context = 256, .sessions = 2});
+  const auto ids = golden("prose")["ids"].get<std::vector<int32_t>>();
+  Session a(engine), b(engine);
+  EXPECT_THROW(Session(static_cast<Engine&>(engine)), Error);  // two sessions, no third
+  a.feed(ids);
+  b.copy_from(a);
+  const std::vector<int32_t> first = generate_greedy(a, {.max_tokens = 10});
+  EXPECT_EQ(generate_greedy(b, {.max_tokens = 10}), first);
+  EXPECT_EQ(a.bytes().total(), b.bytes().total());
+}
+
+TEST(Engine, CancellationKeepsWhatWasGenerated) {
+  Engine engine = make_engine({.context = 256});
+  Session session(engine);
+  session.feed(golden("prose")["ids"].get<std::vector<int32_t>>());
+  std::atomic<bool> stop{false};
+  Sampler sampler(greedy());
+  int count = 0;
+  const GenerateResult result =
+      generate(session, sampler, {.stop = &stop}, [&](int32_t) { stop = ++count == 3; });
+  EXPECT_EQ(result.finish, Finish::cancelled);
+  EXPECT_EQ(result.ids.size(), 3u);
+}
+
+}  // namespace
+}  // namespace kl
