@@ -55,11 +55,18 @@ void tile_nt(const float* a, int64_t lda, const B* b, int64_t ldb, float* c, int
   };
   for (; l + kLanes <= k; l += kLanes) step([l](const auto* row) { return load(row + l); });
   if (l < k) step([l, k](const auto* row) { return load_part(row + l, k - l); });
-  for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kCols; ++j) {
-      float& out = c[i * ldc + j];
-      out = accumulate ? out + sum(sums[i][j]) : sum(sums[i][j]);
+  for (int i = 0; i < kRows; ++i) {
+    float* const row = c + i * ldc;
+    if constexpr (kCols == 1) {
+      const float total = sum(sums[i][0]);
+      row[0] = accumulate ? row[0] + total : total;
+    } else {
+      for (int j = 0; j < kCols; j += 4) {
+        const Quad total = sum(sums[i][j], sums[i][j + 1], sums[i][j + 2], sums[i][j + 3]);
+        store(row + j, accumulate ? load_bits<Quad>(row + j) + total : total);
+      }
     }
+  }
 }
 
 template <class B>

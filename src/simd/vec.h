@@ -27,6 +27,7 @@ constexpr int kLanes = 4;
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 typedef int32_t IntVec __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t BitVec __attribute__((vector_size(4 * kLanes)));
+typedef float Quad __attribute__((vector_size(16)));
 typedef uint16_t HalfVec __attribute__((vector_size(2 * kLanes)));  // the bits of bf16 or f16
 
 inline Vec broadcast(float x) { return x - Vec{}; }
@@ -63,12 +64,15 @@ inline Vec load_part(const float* p, int64_t n) { return load_part_bits<Vec>(p, 
 inline Vec load_part(const bf16* p, int64_t n) { return widen_bf16(load_part_bits<HalfVec>(p, n, 2)); }
 inline Vec load_part(const f16* p, int64_t n) { return widen_f16(load_part_bits<HalfVec>(p, n, 2)); }
 
-inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class V>
+inline void store(float* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
 inline void store_part(float* p, Vec v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(4 * n)); }
 
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// The sum of the lanes, always in the order of one binary tree.
+// The sum of the lanes, always along the same tree: lanes half a vector apart first, neighbours last.
 inline float sum(Vec v) {
 #if defined(__AVX512F__)
   v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -81,6 +85,39 @@ inline float sum(Vec v) {
   v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
 #endif
   return v[0] + v[1];
+}
+
+// {sum(a), sum(b), sum(c), sum(d)}, the same bits for a third of the work: after each step the remaining
+// parts of several vectors share one.
+inline Quad sum(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const auto halves = [](Vec x, Vec y) {  // eight lanes of x, eight of y
+    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+           __builtin_shufflevector(x, y, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  };
+  const Vec ab = halves(a, b), cd = halves(c, d);
+  Vec v = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+          __builtin_shufflevector(ab, cd, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  return __builtin_shufflevector(v, v, 0, 4, 8, 12);
+#elif defined(__AVX2__)
+  const auto halves = [](Vec x, Vec y) {  // four lanes of x, four of y
+    return __builtin_shufflevector(x, y, 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(x, y, 4, 5, 6, 7, 12, 13, 14, 15);
+  };
+  const Vec ab = halves(a, b), cd = halves(c, d);
+  Vec v = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13) +
+          __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+  return __builtin_shufflevector(v, v, 0, 4, 2, 6);
+#else
+  const auto halves = [](Vec x, Vec y) {  // two lanes of x, two of y
+    return __builtin_shufflevector(x, y, 0, 1, 4, 5) + __builtin_shufflevector(x, y, 2, 3, 6, 7);
+  };
+  const Vec ab = halves(a, b), cd = halves(c, d);
+  return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+#endif
 }
 
 inline float max(Vec v) {

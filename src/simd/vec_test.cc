@@ -10,6 +10,8 @@
 #include <numeric>
 #include <vector>
 
+#include "testing/random.h"
+
 namespace kl::vec_test {
 namespace {
 
@@ -58,6 +60,17 @@ TEST(Vec, SumAndMaxSeeEveryLane) {
     EXPECT_EQ(sum(v), kLanes + 4.f);
     EXPECT_EQ(max(v), 5.f);
     EXPECT_EQ(max(-v), -1.f);
+  }
+}
+
+TEST(Vec, FourSumsAtOnceHaveTheBitsOfEach) {
+  testing::Random random(1);
+  for (int trial = 0; trial < 1000; ++trial) {
+    Vec v[4];
+    for (Vec& each : v)
+      for (int lane = 0; lane < kLanes; ++lane) each[lane] = static_cast<float>(random.normal());
+    const Quad sums = sum(v[0], v[1], v[2], v[3]);
+    for (int i = 0; i < 4; ++i) ASSERT_EQ(sums[i], sum(v[i]));
   }
 }
 
