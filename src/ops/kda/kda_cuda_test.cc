@@ -1,0 +1,162 @@
+// The CUDA back-ends of KDA beside the f64 definition. Without a GPU every test here is skipped.
+#ifdef KL_CUDA
+#include <gtest/gtest.h>
+
+#include "ops/kda/kda_cuda_case.h"
+
+namespace kl {
+namespace {
+
+using testing::Decay;
+using testing::KdaCase;
+using testing::KdaProblem;
+using BackEnd = void (*)(const Ctx&, const KdaArgs&);
+
+#define KL_NEEDS_GPU() \
+  if (!cuda::device_present()) GTEST_SKIP() << "no CUDA device"
+
+Ctx cuda_ctx() {
+  Ctx ctx;
+  ctx.device = Device::cuda;
+  return ctx;
+}
+
+// Runs twice from the same start: right, and the same bits.
+void expect_right(BackEnd back_end, const KdaCase& c, double out_tolerance, double state_tolerance) {
+  SCOPED_TRACE(c.name());
+  KdaProblem problem(c);
+  kda_check(problem.device_args());
+  const KdaProblem::Reference reference = problem.reference();
+  back_end(cuda_ctx(), problem.device_args());
+  KL_CUDA_CHECK(cudaDeviceSynchronize(), "running a case");
+  const testing::KdaErrors e = compare(problem, reference);
+  EXPECT_LE(e.out, out_tolerance);
+  EXPECT_LE(e.state, state_tolerance);
+  EXPECT_TRUE(e.guards_intact);
+  const OwnedTensor out = cuda::to_host(problem.out.device_memory.tensor);
+  const OwnedTensor pool = cuda::to_host(problem.state.device_memory.tensor);
+  problem.reset_device();
+  back_end(cuda_ctx(), problem.device_args());
+  EXPECT_TRUE(testing::same_bits(out.tensor, cuda::to_host(problem.out.device_memory.tensor).tensor));
+  EXPECT_TRUE(testing::same_bits(pool.tensor, cuda::to_host(problem.state.device_memory.tensor).tensor));
+}
+
+// Rounding a bf16 output to nearest costs 1.7e-3; the f32 recurrence adds some 1e-6 a few times over.
+constexpr double kBf16Out = 2e-3, kF32 = 1e-5;
+
+// Every gate family, with the two layouts of the state and both element types of the rows.
+std::vector<KdaCase> gate_families(const KdaCase& base) {
+  std::vector<KdaCase> cases;
+  const auto add = [&](KdaGateKind gate, Decay decay) {
+    KdaCase c = base;
+    c.gate = gate, c.decay = decay, c.v_first = cases.size() % 2, c.seed = cases.size() + 1;
+    c.gate_tensors = cases.size() % 4 != 3;
+    cases.push_back(c);
+  };
+  for (const KdaGateKind gate : {KdaGateKind::softplus, KdaGateKind::bounded})
+    for (const Decay decay : {Decay::production, Decay::weak, Decay::steep}) add(gate, decay);
+  for (const Decay decay :
+       {Decay::production, Decay::weak, Decay::steep, Decay::none, Decay::infinite, Decay::alternating})
+    add(KdaGateKind::log_decay, decay);
+  return cases;
+}
+
+TEST(KdaDecodeCuda, EveryGateFamily) {
+  KL_NEEDS_GPU();
+  for (KdaCase& c : gate_families({.lengths = {1, 1, 1, 1, 1}, .H = 3, .Hv = 3})) {
+    expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+    c.rows = c.gates = DType::f32;
+    expect_right(cuda::kda_decode, c, kF32, kF32);
+  }
+}
+
+TEST(KdaDecodeCuda, SeveralTokens) {
+  KL_NEEDS_GPU();
+  for (KdaCase& c : gate_families({.lengths = {2, 0, 8, 1, 5}, .H = 2, .Hv = 2}))
+    expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+}
+
+TEST(KdaDecodeCuda, EveryWidth) {
+  KL_NEEDS_GPU();
+  const int widths[][2] = {{64, 64}, {64, 128}, {128, 64}, {256, 256}, {256, 128}, {128, 256}, {100, 100},
+                           {60, 36}, {1, 1},    {7, 250},  {33, 16},   {192, 192}, {250, 7},   {128, 40}};
+  for (const auto& [K, V] : widths)
+    for (const bool v_first : {false, true})
+      for (const int pad : {0, 1, 8}) {
+        const KdaCase c{.lengths = {1, 3, 1},
+                        .K = K,
+                        .V = V,
+                        .gate = KdaGateKind::log_decay,
+                        .rows = DType::f32,
+                        .gates = DType::f32,
+                        .v_first = v_first,
+                        .pad = pad};
+        expect_right(cuda::kda_decode, c, kF32, kF32);
+      }
+}
+
+TEST(KdaDecodeCuda, SlotsHeadsAndIndices) {
+  KL_NEEDS_GPU();
+  for (const bool slot_out : {false, true})
+    for (const bool v_first : {false, true})
+      for (const std::vector<int>& lengths : {std::vector<int>{1, 1, 1, 1, 1, 1, 1}, {0, 1, 0, 2, 0}, {}}) {
+        const KdaCase c{.lengths = lengths,
+                        .H = 2,
+                        .Hv = 6,
+                        .gates = DType::f32,
+                        .v_first = v_first,
+                        .pad = 4,
+                        .i64 = true,
+                        .slot_out = slot_out,
+                        .no_state_sometimes = true};
+        expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+      }
+}
+
+TEST(KdaDecodeCuda, BetaScaleAndNormOptions) {
+  KL_NEEDS_GPU();
+  for (const KdaBeta beta : {KdaBeta::value, KdaBeta::sigmoid, KdaBeta::sigmoid2})
+    for (const bool l2norm : {false, true}) {
+      const KdaCase c{.lengths = {1, 4}, .beta = beta, .l2norm = l2norm, .scale = 0.25f};
+      expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+    }
+}
+
+TEST(KdaDecodeCuda, Bf16Pool) {
+  KL_NEEDS_GPU();
+  for (const bool v_first : {false, true})
+    for (const int K : {64, 100, 128, 256}) {
+      // The pool is rounded to bf16 once, at the end.
+      const KdaCase c{.lengths = {1, 1, 4}, .K = K, .state = DType::bf16, .v_first = v_first};
+      expect_right(cuda::kda_decode, c, kBf16Out, kBf16Out);
+    }
+}
+
+TEST(KdaDecodeCuda, LongSequencesAndCheckpoints) {
+  KL_NEEDS_GPU();
+  const KdaCase c{.lengths = {40, 3, 100},
+                  .slot_out = true,
+                  .checkpoints = {{0, 16}, {0, 32}, {2, 16}, {2, 48}, {2, 64}, {2, 96}}};
+  expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+}
+
+TEST(KdaDecodeCuda, ManySequencesKeepTheirBits) {
+  KL_NEEDS_GPU();
+  // A sequence alone and the same sequence in company: blocks of one warp and of four.
+  KdaProblem many({.lengths = std::vector<int>(200, 1), .H = 4, .Hv = 4, .seed = 5});
+  cuda::kda_decode(cuda_ctx(), many.device_args());
+  const OwnedTensor together = cuda::to_host(many.out.device_memory.tensor);
+  many.reset_device();
+  KdaArgs one = many.device_args();
+  const int64_t row = 123;
+  for (Tensor* t : {&one.q, &one.k, &one.v, &one.g, &one.beta, &one.out}) *t = t->slice(0, row, row + 1);
+  one.cu_seqlens = one.cu_seqlens.slice(0, 0, 2);
+  one.slot = one.slot.slice(0, row, row + 1);
+  cuda::kda_decode(cuda_ctx(), one);
+  const OwnedTensor alone = cuda::to_host(many.out.device_memory.tensor);
+  EXPECT_TRUE(testing::same_bits(together.tensor[row], alone.tensor[row]));
+}
+
+}  // namespace
+}  // namespace kl
+#endif  // KL_CUDA
