@@ -6,6 +6,7 @@
 #   x_sm90.cu           CUDA, for sm_90a only
 #   x_test.cc           into kl_tests, and into <folder>_tests (not built by default; quick to build for one folder)
 #   x_bench.cc          into kl_bench
+#   x_cuda_bench.cc     a program of its own, x_cuda_bench (not built by default), to be carried to a GPU machine
 #
 # kl_folder(ops/kda DEPENDS base simd LIBRARIES foo::foo) makes the target kl_ops_kda.
 
@@ -75,6 +76,16 @@ function(kl_folder folder)
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${stem}>)
     endif()
   endforeach()
+
+  if(KL_CUDA)
+    set(programs ${sources})
+    list(FILTER programs INCLUDE REGEX "_cuda_bench\\.cc$")
+    foreach(source ${programs})
+      get_filename_component(stem ${source} NAME_WE)
+      add_executable(${stem} EXCLUDE_FROM_ALL ${source})
+      target_link_libraries(${stem} PRIVATE ${target} kl_testing)
+    endforeach()
+  endif()
 
   if(KL_TESTS AND test_sources)
     add_library(${target}_test_objects OBJECT ${test_sources})

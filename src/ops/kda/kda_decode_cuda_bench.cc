@@ -1,0 +1,135 @@
+// Times KDA decode on the GPU and prints one table: time of one step, bandwidth, and its share of the copy
+// bandwidth measured in the same run. Inputs in bf16, softplus gate, all fusions on; state pools rotate
+// through more memory than the L2 cache holds, slots are in a random order.
+//
+//   kda_decode_cuda_bench [a part of a row's name, to run only such rows]
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#include "ops/kda/kda_cuda.h"
+#include "testing/cuda_bench.h"
+#include "testing/random.h"
+
+namespace kl {
+namespace {
+
+// Data of one launch out of several that take turns.
+struct Step {
+  cuda::DeviceTensor q, k, v, g, beta, out, slot;
+};
+
+struct DecodeBench {
+  int B, H, D, tokens;
+  bool v_first;
+  DType state;
+  std::vector<Step> steps;
+  cuda::DeviceTensor pool, cu, A_log, dt_bias;
+
+  DecodeBench(int B, int H, int D, int tokens, bool v_first, DType state)
+      : B(B), H(H), D(D), tokens(tokens), v_first(v_first), state(state) {
+    testing::Random random(1);
+    const int64_t per_step = int64_t(B) * H * D * D * size_of(state);
+    const int64_t turns = std::max<int64_t>(2, (int64_t(1) << 30) / per_step), T = int64_t(B) * tokens;
+    const int64_t slots = turns * B;
+    // The pool is filled on the device by a repeated copy of one random slot: generating gigabytes takes too
+    // long.
+    const OwnedTensor slot_content = testing::random_normal(state, {H, D, D}, random);
+    pool = cuda::device_tensor(state, {slots, H, D, D});
+    for (int64_t s = 0; s < slots; ++s)
+      KL_CUDA_CHECK(cudaMemcpy(pool.tensor.slice(0, s, s + 1).data, slot_content.tensor.data,
+                               static_cast<size_t>(slot_content.tensor.bytes()), cudaMemcpyHostToDevice),
+                    "filling the pool");
+    std::vector<int32_t> order(static_cast<size_t>(slots));
+    std::iota(order.begin(), order.end(), 0);
+    for (int64_t i = slots - 1; i > 0; --i)
+      std::swap(order[static_cast<size_t>(i)], order[static_cast<size_t>(random.integer(0, i))]);
+    std::vector<int32_t> rows(static_cast<size_t>(B) + 1);
+    for (size_t n = 0; n < rows.size(); ++n) rows[n] = static_cast<int32_t>(n) * tokens;
+    cu = cuda::to_device(Tensor(rows.data(), DType::i32, {B + 1}));
+    A_log = cuda::to_device(testing::random_normal(DType::f32, {H}, random).tensor);
+    dt_bias = cuda::to_device(testing::random_normal(DType::f32, {H, D}, random, 1, -4).tensor);
+    for (int64_t i = 0; i < turns; ++i) {
+      Step s;
+      s.q = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
+      s.k = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
+      s.v = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
+      s.g = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
+      s.beta = cuda::to_device(testing::random_normal(DType::bf16, {T, H}, random).tensor);
+      s.out = cuda::device_tensor(DType::bf16, {T, H, D});
+      s.slot = cuda::to_device(Tensor(order.data() + i * B, DType::i32, {B}));
+      steps.push_back(std::move(s));
+    }
+  }
+
+  KdaArgs args(int turn) const {
+    const Step& s = steps[static_cast<size_t>(turn) % steps.size()];
+    KdaArgs a;
+    a.q = s.q.tensor, a.k = s.k.tensor, a.v = s.v.tensor, a.g = s.g.tensor, a.beta = s.beta.tensor;
+    a.out = s.out.tensor, a.slot = s.slot.tensor, a.cu_seqlens = cu.tensor, a.state = pool.tensor;
+    a.gate = {.kind = KdaGateKind::softplus, .A_log = A_log.tensor, .dt_bias = dt_bias.tensor};
+    a.state_v_first = v_first;
+    return a;
+  }
+
+  // The least that has to move: the state twice, each operand once.
+  double bytes() const {
+    const double rows = 5. * B * tokens * H * D * 2 + 2. * B * tokens * H;
+    return 2. * B * H * D * D * size_of(state) + rows;
+  }
+};
+
+void print_row(const char* name, const DecodeBench& bench, double bandwidth) {
+  Ctx ctx;
+  ctx.device = Device::cuda;
+  const int turns = static_cast<int>(bench.steps.size());
+  const int repetitions = std::max(turns, std::min(turns * ((200 + turns - 1) / turns), 400));
+  const testing::Timing t = testing::time_graph(repetitions, 15, [&](int i, cudaStream_t stream) {
+    ctx.stream = stream;
+    cuda::kda_decode(ctx, bench.args(i));
+  });
+  const double rate = bench.bytes() / t.median;
+  std::printf("%-34s %9.2f us  (%.2f .. %.2f)  %7.1f GB/s  %5.1f %% of copy\n", name, t.median * 1e6,
+              t.low * 1e6, t.high * 1e6, rate * 1e-9, 100 * rate / bandwidth);
+  std::fflush(stdout);
+}
+
+int run(const char* filter) {
+  const double bandwidth = testing::copy_bandwidth();
+  std::printf("%s, copy %.1f GB/s (read and written bytes)\n", testing::device_name().c_str(),
+              bandwidth * 1e-9);
+  struct Row {
+    int B, H, D, tokens;
+    bool v_first;
+    DType state;
+  };
+  std::vector<Row> rows;
+  for (const int B : {1, 8, 16, 64, 256})
+    for (const bool v_first : {false, true}) rows.push_back({B, 32, 128, 1, v_first, DType::f32});
+  for (const int H : {12, 96}) rows.push_back({1, H, 128, 1, false, DType::f32});
+  for (const bool v_first : {false, true}) rows.push_back({256, 32, 128, 1, v_first, DType::bf16});
+  for (const int tokens : {2, 4, 8}) rows.push_back({64, 32, 128, tokens, false, DType::f32});
+  rows.push_back({64, 32, 64, 1, false, DType::f32});
+  for (const Row& r : rows) {
+    char name[80];
+    std::snprintf(name, sizeof name, "decode B%d H%d D%d T%d %s %s", r.B, r.H, r.D, r.tokens,
+                  r.v_first ? "[V,K]" : "[K,V]", r.state == DType::bf16 ? "bf16" : "f32");
+    if (std::strstr(name, filter) != nullptr)
+      print_row(name, {r.B, r.H, r.D, r.tokens, r.v_first, r.state}, bandwidth);
+  }
+  std::printf("copy again %.1f GB/s\n", testing::copy_bandwidth() * 1e-9);
+  return 0;
+}
+
+}  // namespace
+}  // namespace kl
+
+int main(int argc, char** argv) {
+  try {
+    return kl::run(argc > 1 ? argv[1] : "");
+  } catch (const kl::Error& e) {
+    std::fprintf(stderr, "%s\n", e.what());
+    return 1;
+  }
+}
