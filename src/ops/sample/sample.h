@@ -1,12 +1,14 @@
 // Choosing the next token from a row of logits.
 //
 // Order: penalties on tokens seen so far -> temperature -> top-k -> top-p -> min-p -> draw. temperature 0 is
-// greedy: the largest logit after penalties, the lowest id among equals.
+// greedy: the largest logit after penalties, the lowest id among equals. Equals at the edge of a filter: the
+// lowest ids stay. A logit that is not finite (-inf, a mask; NaN, a fault upstream) is never chosen.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <unordered_map>
+#include <vector>
 
 #include "base/check.h"
 
@@ -24,6 +26,11 @@ struct SampleParams {
 };
 void check(const SampleParams&);  // throws kl::Error naming the field, what was found and what is allowed
 
+struct TokenProbability {
+  int32_t token;
+  double probability;
+};
+
 // One stream of choices: the same seed, logits and history give the same tokens on every machine.
 class Sampler {
  public:
@@ -32,8 +39,13 @@ class Sampler {
   void see(int32_t token);
   // `logits` [vocab]. Throws kl::Error if no finite logit is left.
   int32_t sample(std::span<const float> logits);
+  // What sample() would draw from: the tokens that are left, ids ascending, probabilities of sum 1.
+  std::vector<TokenProbability> distribution(std::span<const float> logits) const;
 
  private:
+  bool has_penalties() const;
+  std::vector<float> penalised(std::span<const float> logits) const;
+
   SampleParams params_;
   uint64_t draws_ = 0;
   std::unordered_map<int32_t, int> seen_;
