@@ -1,9 +1,8 @@
 // Checkpoint directories: with and without an index, complete and not, honest and not.
 #include "io/checkpoint.h"
 
-#include <fcntl.h>
+#include <sys/stat.h>
 
-#include <chrono>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>

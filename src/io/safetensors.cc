@@ -37,6 +37,13 @@ std::string_view header_text(const std::byte* bytes, size_t size, const std::str
   return {reinterpret_cast<const char*>(bytes) + kLengthBytes, static_cast<size_t>(length)};
 }
 
+// `tensors` are sorted by name.
+void check_names(const std::vector<Item>& tensors, const std::string& file) {
+  const auto twice = std::adjacent_find(tensors.begin(), tensors.end(),
+                                        [](const Item& a, const Item& b) { return a.name == b.name; });
+  KL_CHECK(twice == tensors.end(), file, ": tensor ", in_quotes(twice->name), " stands twice in the header");
+}
+
 // Bytes that a tensor must have. A size of 0 counts as 1 in the check for overflow, so that every stride of
 // every accepted shape fits in 64 bits as well.
 int64_t checked_bytes(const Item& item, const std::string& file) {
@@ -115,7 +122,10 @@ SafetensorsFile SafetensorsFile::open(const std::string& path) {
 SafetensorsFile SafetensorsFile::parse(const std::byte* bytes, size_t size, const std::string& name) {
   const std::string_view text = header_text(bytes, size, name);
   SafetensorsHeader header = parse_safetensors_header(text, name);
+  std::sort(header.tensors.begin(), header.tensors.end(),
+            [](const Item& a, const Item& b) { return a.name < b.name; });
   const std::byte* data = bytes + kLengthBytes + text.size();
+  check_names(header.tensors, name);
   check_layout(header.tensors, size - kLengthBytes - text.size(), name);
 
   SafetensorsFile file;
@@ -125,12 +135,6 @@ SafetensorsFile SafetensorsFile::parse(const std::byte* bytes, size_t size, cons
     file.entries_.push_back(
         {std::move(item.name), item.dtype, std::move(item.shape), data + item.begin, item.end - item.begin});
   }
-  std::sort(file.entries_.begin(), file.entries_.end(),
-            [](const Entry& a, const Entry& b) { return a.name < b.name; });
-  const auto twice = std::adjacent_find(file.entries_.begin(), file.entries_.end(),
-                                        [](const Entry& a, const Entry& b) { return a.name == b.name; });
-  KL_CHECK(twice == file.entries_.end(), name, ": tensor ", in_quotes(twice->name),
-           " stands twice in the header");
   return file;
 }
 

@@ -80,7 +80,9 @@ class HeaderHandler : public JsonHandler {
     list.push_back(static_cast<int64_t>(number));
     return true;
   }
-  bool number_integer(int64_t number) { unexpected(cat(number)); }  // only called for negative numbers
+  bool number_integer(int64_t number) {  // only called for numbers with a minus sign
+    unexpected(number == 0 ? "-0" : cat(number));
+  }
   bool number_float(double, const std::string& text) { unexpected(printable(text, 40)); }
   bool boolean(bool value) { unexpected(cat(value)); }
   bool null() { unexpected("null"); }

@@ -27,7 +27,8 @@ struct SafetensorsHeader {
   std::map<std::string, std::string> metadata;
 };
 
-// Throws kl::Error that names the file, the tensor, what was found and what was expected.
+// Throws kl::Error that names the file, the tensor, what was found and what was expected. What the format
+// leaves open is an error as well: a name that stands twice, a field beside dtype, shape and data_offsets.
 SafetensorsHeader parse_safetensors_header(std::string_view json, const std::string& file);
 
 }  // namespace kl

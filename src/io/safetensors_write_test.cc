@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "io/atomic_file.h"
+#include "io/safetensors_header.h"
 #include "io/test_files.h"
 #include "testing/compare.h"
 #include "testing/random.h"
@@ -130,6 +131,27 @@ TEST(SafetensorsWrite, RefusesWhatCannotBeWritten) {
       {path, "\\xff", "UTF-8"}));
   EXPECT_TRUE(fails_with([&] { write_safetensors(path, {}, {{"k", "\xc3"}}); }, {path, "\\xc3", "UTF-8"}));
   EXPECT_TRUE(dir.names().empty());
+}
+
+// What the reader would turn away is not written in the first place.
+TEST(SafetensorsWrite, KeepsToTheLimitsOfTheReader) {
+  const OwnedTensor owner = make_tensor(DType::u8, {1});
+  const TempDir dir;
+  std::map<std::string, Tensor> tensors;
+  for (size_t i = 0; i < kMaxHeaderNames; ++i) tensors[std::to_string(i)] = owner.tensor;
+  EXPECT_TRUE(fails_with(
+      [&] {
+        write_safetensors(dir / "t", tensors, {{"k", "v"}});
+      },
+      {dir / "t", "262146 names", "at most 262144"}));
+  EXPECT_TRUE(fails_with(
+      [&] {
+        write_safetensors(dir / "t", {}, {{"k", std::string(kMaxHeaderBytes, 'x')}});
+      },
+      {dir / "t", "a header of 100000032 bytes", "at most 100000000"}));
+  EXPECT_TRUE(dir.names().empty());
+  write_safetensors(dir / "t", tensors);
+  EXPECT_EQ(SafetensorsFile::open(dir / "t").entries().size(), kMaxHeaderNames);
 }
 
 TEST(SafetensorsWrite, FailureNamesThePathAndTheReason) {
