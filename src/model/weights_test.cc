@@ -27,7 +27,8 @@ std::string refusal(const std::string& folder) {
 
 TEST(Weights, TheDemoModel) {
   const Model m = load_model(testing::demo_model());
-  EXPECT_EQ(m.weights.parameters, 14526988);  // what the index file of the checkpoint says
+  // The index file of the checkpoint counts 14526988: it leaves out the correction biases, 8 in each of 7 MoE layers.
+  EXPECT_EQ(m.weights.parameters, 14526988 + 7 * 8);
   EXPECT_EQ(m.weights.bytes, 29057296);
   EXPECT_EQ(m.weights.layers[1].moe.experts.size(), 8u);
   check_shape("A_log", m.weights.layers[0].kda.A_log, {2});
