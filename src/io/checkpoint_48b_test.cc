@@ -147,9 +147,15 @@ TEST(Checkpoint48B, OpensInAMomentAndFindsEveryTensor) {
   const double find_seconds = seconds(finding);
   RecordProperty("open_ms", static_cast<int>(open_seconds * 1e3));
   RecordProperty("find_all_ms", static_cast<int>(find_seconds * 1e3));
-  // Measured: 0.035 s and 0.002 s. A second each is what a busy machine or a sanitizer may make of that.
-  EXPECT_LT(open_seconds, 1);
-  EXPECT_LT(find_seconds, 1);
+  // Measured: 0.035 s and 0.002 s; a second each is what a busy machine may make of that. ThreadSanitizer
+  // takes forty times as long by itself.
+#ifdef __SANITIZE_THREAD__
+  constexpr double kLimit = 40;
+#else
+  constexpr double kLimit = 1;
+#endif
+  EXPECT_LT(open_seconds, kLimit);
+  EXPECT_LT(find_seconds, kLimit);
   const std::optional<Tensor> a_log = checkpoint.find("model.layers.25.self_attn.A_log");
   EXPECT_EQ(a_log->shape_string(), "[1, 1, 32, 1]");
   EXPECT_EQ(*a_log->ptr<float>(), 0.f);  // a hole in the file reads as zeros
