@@ -40,7 +40,7 @@ Buffer Buffer::host(size_t bytes) {
 }
 
 Buffer Buffer::map_file(const std::string& path) {
-  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe must not block here
   KL_CHECK(fd >= 0, "cannot open ", path, ": ", std::strerror(errno));
   struct stat info {};
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {

@@ -347,6 +347,8 @@ json parse_bounded(std::string_view text, const std::string& source) {
     KL_CHECK(depth <= kMaxDepth, source, ": JSON nested deeper than ", kMaxDepth);
     return true;
   };
+  // The JSON library takes a zero byte for the end of its input.
+  KL_CHECK(text.find('\0') == std::string_view::npos, source, ": not valid JSON: it has a zero byte");
   try {
     json root = json::parse(text, bounded);
     KL_CHECK(root.is_object(), source, ": expected a JSON object");

@@ -200,6 +200,7 @@ TEST(Config, HostileText) {
                     " \"hidden_size\": 18446744073709551615, \"num_hidden_layers\": 9223372036854775807}")}) {
     EXPECT_NE(refusal(text), "") << text.substr(0, 60);
   }
+  EXPECT_NE(refusal(config_json(TinyModel{}) + std::string(1, '\0') + "more"), "");
   // Every prefix and every single-byte change is either refused or accepted, never a crash.
   const std::string good = config_json(TinyModel{.transformers_names = true});
   for (size_t n = 0; n < good.size(); ++n) EXPECT_NE(refusal(good.substr(0, n)), "");
