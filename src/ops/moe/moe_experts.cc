@@ -1,0 +1,144 @@
+// moe_experts on the CPU: tokens are sorted by expert, so that an expert's weights are read once for all who
+// chose it and an expert that nobody chose costs nothing.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "ops/moe/moe_cpu.h"
+#include "simd/gemm.h"
+#include "simd/scratch.h"
+
+namespace kl {
+namespace {
+
+constexpr int64_t kTokens = 1024;     // at once: bounds the scratch to top_k · kTokens · (D + I) floats
+constexpr int64_t kTaskOutputs = 64;  // at least: whole cache lines of a result
+constexpr int64_t kTaskProducts =
+    1 << 18;  // multiply-adds; some 5 us, or 20 us where weights come from memory
+
+// A pair (token t, choice j) is a row of the sorted arrays.
+struct Sorted {
+  struct Block {
+    int64_t expert, row, rows;  // rows <= kExpertRows
+  };
+  std::vector<int32_t> row_of;    // [T · top_k]: row of pair (t, j)
+  std::vector<int32_t> token_of;  // [T · top_k]: token of a row
+  std::vector<Block> blocks;      // rows of one expert
+};
+
+Sorted sort_by_expert(const Tensor& experts, int64_t E) {
+  const int64_t T = experts.size(0), top_k = experts.size(1);
+  std::vector<int32_t> first(static_cast<size_t>(E) + 1);  // row where an expert begins
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t j = 0; j < top_k; ++j) ++first[*experts.at<int32_t>(t, j) + 1];
+  std::partial_sum(first.begin(), first.end(), first.begin());
+
+  Sorted s;
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t row = first[e]; row < first[e + 1]; row += kExpertRows)
+      s.blocks.push_back({e, row, std::min<int64_t>(kExpertRows, first[e + 1] - row)});
+  s.row_of.resize(static_cast<size_t>(T * top_k)), s.token_of.resize(s.row_of.size());
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t j = 0; j < top_k; ++j) {
+      const int32_t row = first[*experts.at<int32_t>(t, j)]++;
+      s.row_of[t * top_k + j] = row, s.token_of[row] = static_cast<int32_t>(t);
+    }
+  return s;
+}
+
+// body(block, begin, end) for pieces [begin, end) of [0, n) of every block; products: multiply-adds of one of
+// n for a row.
+template <class Body>
+void for_each_piece(ThreadPool* pool, const std::vector<Sorted::Block>& blocks, int64_t n, int64_t products,
+                    Body&& body) {
+  struct Piece {
+    const Sorted::Block* block;
+    int64_t begin, end;
+  };
+  std::vector<Piece> pieces;
+  int64_t all = 0;
+  for (const Sorted::Block& b : blocks) {
+    const int64_t wanted = kTaskProducts / std::max<int64_t>(1, b.rows * products);
+    const int64_t size = std::max(kTaskOutputs, wanted / kTaskOutputs * kTaskOutputs);
+    for (int64_t i = 0; i < n; i += size) pieces.push_back({&b, i, std::min(n, i + size)});
+    all += b.rows * n * products;
+  }
+  // Little work is done sooner than other threads wake up.
+  parallel_for(all <= kTaskProducts ? nullptr : pool, static_cast<int64_t>(pieces.size()), 1,
+               [&](int64_t i, int64_t) { body(*pieces[i].block, pieces[i].begin, pieces[i].end); });
+}
+
+const void* row_of_weight(const Tensor& w, int64_t row) {
+  return static_cast<const char*>(w.data) + row * w.stride[0] * size_of(w.dtype);
+}
+
+void run(Ctx& ctx, const MoeExpertsArgs& a, int64_t I) {
+  const int64_t T = a.x.size(0), D = a.x.size(1), top_k = a.experts.size(1);
+  const Sorted sorted = sort_by_expert(a.experts, static_cast<int64_t>(a.weights_of.size()));
+  Scratch scratch(ctx);
+  float* const h = scratch.f32(T * top_k * I);
+  float* const rows = scratch.f32(T * top_k * D);  // the experts' inputs, later their outputs
+
+  parallel_for(ctx.pool, T * top_k, kExpertRows, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      std::memcpy(rows + row * D, a.x.at<float>(sorted.token_of[row]),
+                  static_cast<size_t>(D) * sizeof(float));
+  });
+
+  for_each_piece(ctx.pool, sorted.blocks, I, 2 * D, [&](const Sorted::Block& b, int64_t begin, int64_t end) {
+    const ExpertWeights& w = a.weights_of[b.expert];
+    const ExpertHidden hidden = {.x = rows + b.row * D,
+                                 .w1 = row_of_weight(w.w1, begin),
+                                 .w3 = row_of_weight(w.w3, begin),
+                                 .w1_dtype = w.w1.dtype,
+                                 .w3_dtype = w.w3.dtype,
+                                 .h = h + b.row * I + begin,
+                                 .ldh = I,
+                                 .rows = b.rows,
+                                 .units = end - begin,
+                                 .D = D};
+    KL_ACTIVE_ISA(expert_hidden)(hidden);
+  });
+
+  for_each_piece(ctx.pool, sorted.blocks, D, I, [&](const Sorted::Block& b, int64_t begin, int64_t end) {
+    const Tensor& w2 = a.weights_of[b.expert].w2;
+    const Gemm down = {.a = h + b.row * I,
+                       .lda = I,
+                       .b = row_of_weight(w2, begin),
+                       .b_dtype = w2.dtype,
+                       .ldb = I,
+                       .c = rows + b.row * D + begin,
+                       .ldc = D,
+                       .m = b.rows,
+                       .n = end - begin,
+                       .k = I};
+    KL_ACTIVE_ISA(gemm_nt)(down);
+  });
+
+  parallel_for(ctx.pool, T, kExpertRows, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const ExpertSum sum = {.y = rows,
+                             .rows = sorted.row_of.data() + t * top_k,
+                             .weights = a.weights.at<float>(t),
+                             .top_k = top_k,
+                             .D = D,
+                             .out = a.out.at<float>(t)};
+      KL_ACTIVE_ISA(expert_sum)(sum);
+    }
+  });
+}
+
+}  // namespace
+
+void moe_experts_cpu(Ctx& ctx, const MoeExpertsArgs& a, int64_t I) {
+  for (int64_t t = 0; t < a.x.size(0); t += kTokens) {
+    const int64_t end = std::min(a.x.size(0), t + kTokens);
+    MoeExpertsArgs part = a;
+    part.x = a.x.slice(0, t, end), part.out = a.out.slice(0, t, end);
+    part.experts = a.experts.slice(0, t, end), part.weights = a.weights.slice(0, t, end);
+    run(ctx, part, I);
+  }
+}
+
+}  // namespace kl
