@@ -9,7 +9,6 @@
 namespace kl {
 namespace {
 
-constexpr int64_t kMaxDim = 256;         // K and V
 constexpr int64_t kCheckpointStep = 16;  // tokens
 
 // Memory, device, type and a contiguous innermost dimension, once the shape is known to fit.
@@ -44,8 +43,10 @@ void check_rows(const KdaArgs& args) {
   check_shape("kda v", args.v, {-1, -1, -1});
   const int64_t T = args.q.size(0), H = args.q.size(1), K = args.q.size(2);
   const int64_t Hv = args.v.size(1), V = args.v.size(2);
-  KL_CHECK(1 <= K && K <= kMaxDim, "kda q: expected a key dimension of 1 to ", kMaxDim, ", found ", K);
-  KL_CHECK(1 <= V && V <= kMaxDim, "kda v: expected a value dimension of 1 to ", kMaxDim, ", found ", V);
+  KL_CHECK(1 <= K && K <= kda::kMaxDim, "kda q: expected a key dimension of 1 to ", kda::kMaxDim, ", found ",
+           K);
+  KL_CHECK(1 <= V && V <= kda::kMaxDim, "kda v: expected a value dimension of 1 to ", kda::kMaxDim,
+           ", found ", V);
   KL_CHECK(H >= 1 && Hv >= 1 && Hv % H == 0, "kda v: expected a multiple of the ", H,
            " query/key heads as value heads, found ", Hv);
   check_floats(args, "kda k", args.k, {T, H, K});

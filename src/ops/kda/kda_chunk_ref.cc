@@ -1,5 +1,5 @@
-// The chunkwise algorithm of Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 3) in plain f32
-// code: chunks of C = 64 tokens, and inside a chunk sub-chunks of B = 16. It is the CPU's prefill.
+// The chunkwise algorithm of Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 3) in plain code:
+// chunks of C = 64 tokens, and inside a chunk sub-chunks of B = 16. It is the CPU's prefill.
 //
 // With S the state before a chunk, rows i, j of the chunk, and the decay of an interval
 //
@@ -22,7 +22,11 @@
 // of -160 a prefix has lost the bits of the mild steps that follow, and -inf - -inf is NaN). Between two
 // sub-chunks the interval is cut at their boundaries, which turns the pair into a matrix product; inside one
 // sub-chunk each pair has its own sum.
-#include "ops/kda/kda_gate.h"
+//
+// Precision. f32, as long as beta <= 1: each step then contracts, and errors die out. Towards beta = 2 a step
+// is a reflection, which forgets nothing, and the rounding of Akk_ij acts as an error of |k|² that every
+// chunk repeats: 1000 tokens with equal keys, beta = 2 and no decay to speak of are off by 2e-4 in f32,
+// whatever the order of the sums. So where beta may pass 1 (any KdaBeta but `sigmoid`) Real is double.
 #include "ops/kda/kda_head.h"
 
 namespace kl {
@@ -31,69 +35,39 @@ namespace {
 
 constexpr int64_t kSub = 16;  // B
 
+// A matrix in scratch.
+template <class Real>
 struct Rows {
-  float* data;
+  Real* data;
   int64_t width;
-  float* operator[](int64_t i) const { return data + i * width; }
+  Real* operator[](int64_t i) const { return data + i * width; }
   Rows from(int64_t i) const { return {(*this)[i], width}; }
 };
 
-// One chunk and the state before it. Key dimensions are padded(K), value dimensions padded(V).
-struct Chunk {
-  Chunk(const Head& h, int64_t rows) {
-    const int64_t K = padded(h.K), V = padded(h.V), subs = (rows + kSub - 1) / kSub;
-    Rows* const matrices[] = {&q, &k, &g, &q_in, &k_in, &k_out, &span, &Akk, &Aqk, &u, &o, &S, &S_row};
-    const int64_t heights[] = {rows, rows, rows, rows, rows, rows, subs, rows, rows, rows, rows, h.K, h.K};
-    const int64_t widths[] = {K, K, K, K, K, K, K, kChunk, kChunk, V, V, V, V};
-    int64_t size = 0;
-    for (size_t m = 0; m < std::size(matrices); ++m) size += heights[m] * widths[m];
-    memory.resize(static_cast<size_t>(size));
-    float* next = memory.data();
-    for (size_t m = 0; m < std::size(matrices); ++m) {
-      *matrices[m] = {next, widths[m]};
-      next += heights[m] * widths[m];
-    }
-  }
-
-  int64_t n = 0;    // rows, at most C
-  Rows q, k;        // [C, K] normalised; later decayed from the start or to the end of the chunk
-  Rows g;           // [C, K] log-decays
-  Rows q_in, k_in;  // [C, K] decayed from the start of their sub-chunk
-  Rows k_out;       // [C, K] decayed to the end of their sub-chunk
-  Rows span;        // [C / B, K] log-decay of a whole sub-chunk
-  Rows Akk, Aqk;    // [C, C] the parts below the diagonal, Aqk with it
-  Rows u;           // [C, V] v, then the pseudo values
-  Rows o;           // [C, V]
-  Rows S, S_row;    // [K, V] the state before the chunk; one inside it, for a checkpoint
-  float beta[kChunk];
-  std::vector<float> memory;
-};
-
-float dot(const float* __restrict a, const float* __restrict b, int64_t n) {
-  float sum[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += a[i + lane] * b[i + lane];
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
-  return sum[0];
-}
-
 // The left factor of a product: element (i, j) is data[i * row_step + j * step].
+template <class Real>
 struct Factor {
-  const float* data;
+  const Real* data;
   int64_t row_step, step;
 };
-Factor normal(Rows a) { return {a.data, a.width, 1}; }
-Factor transposed(Rows a) { return {a.data, 1, a.width}; }
+template <class Real>
+Factor<Real> normal(Rows<Real> a) {
+  return {a.data, a.width, 1};
+}
+template <class Real>
+Factor<Real> transposed(Rows<Real> a) {
+  return {a.data, 1, a.width};
+}
 
 // out_i += sign · sum_{j < depth} a_ij b_j. Sixteen terms at a time are summed on their own: a sum of 256
 // then has the rounding error of one of 32.
-void add_product(Rows out, float sign, Factor a, Rows b, int64_t rows, int64_t depth) {
-  float sum[256];
+template <class Real>
+void add_product(Rows<Real> out, Real sign, Factor<Real> a, Rows<Real> b, int64_t rows, int64_t depth) {
+  Real sum[kMaxDim];
   for (int64_t first = 0; first < depth; first += 16) {
     const int64_t last = std::min(first + 16, depth);
     for (int64_t i = 0; i < rows; ++i) {
-      std::fill(sum, sum + out.width, 0.f);
+      std::fill(sum, sum + out.width, Real(0));
       for (int64_t j = first; j < last; ++j)
         add_scaled(sum, a.data[i * a.row_step + j * a.step], b[j], out.width);
       add_scaled(out[i], sign, sum, out.width);
@@ -101,163 +75,263 @@ void add_product(Rows out, float sign, Factor a, Rows b, int64_t rows, int64_t d
   }
 }
 
-// factor = exp(log-decay of the whole sub-chunks strictly between `before` and `after`)
-void decay_between(const Chunk& c, int64_t before, int64_t after, float* factor) {
-  const int64_t K = c.q.width;
-  std::fill(factor, factor + K, 0.f);
-  for (int64_t M = before + 1; M < after; ++M) add_scaled(factor, 1.f, c.span[M], K);
-  for (int64_t d = 0; d < K; ++d) factor[d] = std::exp(factor[d]);
+template <class Real>
+Real dot(const Real* __restrict a, const Real* __restrict b, int64_t n) {
+  Real sum[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum[lane] += a[i + lane] * b[i + lane];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sum[lane] += sum[lane + half];
+  return sum[0];
 }
 
-void multiply(float* __restrict to, const float* __restrict x, const float* __restrict factor, int64_t n) {
+// to = x ⊙ factor
+template <class Real>
+void multiply(Real* __restrict to, const Real* __restrict x, const Real* __restrict factor, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes)
     for (int64_t lane = 0; lane < kLanes; ++lane) to[i + lane] = x[i + lane] * factor[i + lane];
 }
 
-void load_chunk(const Head& h, const HeadGate<float>& gate, int64_t begin, Chunk& c) {
-  for (int64_t i = 0; i < c.n; ++i) {
-    load_qk_row(h, h.args.q, begin + i, c.q[i]);
-    load_qk_row(h, h.args.k, begin + i, c.k[i]);
-    load_row(h.args.g, begin + i, h.head, c.g[i]);
-    gate.apply(c.g[i]);
-    load_row(h.args.v, begin + i, h.head, c.u[i]);
-    c.beta[i] =
-        static_cast<float>(write_strength(h.args.beta_kind, element<double>(h.args.beta, begin + i, h.head)));
+// One head, chunk after chunk.
+template <class Real>
+class Chunkwise {
+ public:
+  explicit Chunkwise(const Head& h);
+  void run();
+
+ private:
+  void load(int64_t begin);
+  void decay_to_boundaries();
+  void pairs_between(int64_t I);
+  void pairs_within(int64_t I);
+  void read_state();
+  void solve();
+  void read_chunk();
+  void store_out(int64_t begin);
+  void advance(Rows<Real> state, int64_t rows);
+
+  int64_t sub_end(int64_t first) const { return std::min(first + kSub, n_); }
+  void log_decay_between(int64_t before, int64_t after, Real* sum) const;
+  void decay_between(int64_t before, int64_t after, Real* factor) const;
+
+  const Head& h_;
+  const HeadGate<Real> gate_;
+  const int64_t K_, V_;  // padded: the width of rows
+  int64_t n_ = 0;        // tokens of this chunk, at most C
+
+  std::vector<Real> memory_;
+  Rows<Real> q_, k_;        // [C, K] normalised; later decayed from the start or to the end of the chunk
+  Rows<Real> g_;            // [C, K] log-decays
+  Rows<Real> q_in_, k_in_;  // [C, K] decayed from the start of their sub-chunk
+  Rows<Real> k_out_;        // [C, K] decayed to the end of their sub-chunk
+  Rows<Real> span_;         // [C / B, K] log-decay of a whole sub-chunk
+  Rows<Real> Akk_, Aqk_;    // [C, C] below the diagonal; of Aqk the diagonal too
+  Rows<Real> u_;            // [C, V] v, then the pseudo values
+  Rows<Real> o_;            // [C, V]
+  Rows<Real> S_, S_row_;    // [K, V] the state before the chunk; one inside it, for a checkpoint
+  Real beta_[kChunk];
+};
+
+template <class Real>
+Chunkwise<Real>::Chunkwise(const Head& h)
+    : h_(h), gate_(h.args.gate, h.head, h.K), K_(padded(h.K)), V_(padded(h.V)) {
+  const int64_t C = std::min(kChunk, h.end - h.begin);
+  const struct {
+    Rows<Real>& matrix;
+    int64_t height, width;
+  } layout[] = {{q_, C, K_},
+                {k_, C, K_},
+                {g_, C, K_},
+                {q_in_, C, K_},
+                {k_in_, C, K_},
+                {k_out_, C, K_},
+                {span_, (C + kSub - 1) / kSub, K_},
+                {u_, C, V_},
+                {o_, C, V_},
+                {Akk_, C, kChunk},
+                {Aqk_, C, kChunk},
+                {S_, h.K, V_},
+                {S_row_, h.K, V_}};
+  int64_t size = 0;
+  for (const auto& m : layout) size += m.height * m.width;
+  memory_.resize(static_cast<size_t>(size));
+  Real* next = memory_.data();
+  for (const auto& m : layout) {
+    m.matrix = {next, m.width};
+    next += m.height * m.width;
   }
 }
 
-// q_in, k_in, k_out, span: sums of log-decays start anew at each boundary, in both directions.
-void decay_to_boundaries(Chunk& c) {
-  const int64_t K = c.q.width;
-  float sum[256];
-  for (int64_t first = 0; first < c.n; first += kSub) {
-    const int64_t last = std::min(first + kSub, c.n);
-    std::fill(sum, sum + K, 0.f);
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t d = 0; d < K; ++d) {
-        sum[d] += c.g[i][d];
-        const float factor = std::exp(sum[d]);
-        c.q_in[i][d] = c.q[i][d] * factor;
-        c.k_in[i][d] = c.k[i][d] * factor;
+template <class Real>
+void Chunkwise<Real>::run() {
+  load_state(h_, h_.read_slot, S_.data);
+  for (int64_t begin = h_.begin; begin < h_.end; begin += kChunk) {
+    n_ = std::min(kChunk, h_.end - begin);
+    load(begin);
+    decay_to_boundaries();
+    for (int64_t I = 0; I * kSub < n_; ++I) {
+      pairs_between(I);
+      pairs_within(I);
+    }
+    read_state();
+    solve();
+    read_chunk();
+    store_out(begin);
+    for_each_checkpoint(h_.args, begin, begin + n_, [&](int64_t row, int64_t slot) {
+      std::copy(S_[0], S_[h_.K], S_row_[0]);
+      advance(S_row_, row - begin);
+      store_state(h_, S_row_.data, slot);
+    });
+    advance(S_, n_);
+  }
+  store_state(h_, S_.data, h_.write_slot);
+}
+
+template <class Real>
+void Chunkwise<Real>::load(int64_t begin) {
+  const KdaArgs& args = h_.args;
+  for (int64_t i = 0; i < n_; ++i) {
+    load_qk_row(h_, args.q, begin + i, q_[i]);
+    load_qk_row(h_, args.k, begin + i, k_[i]);
+    load_row(args.v, begin + i, h_.head, u_[i]);
+    load_row(args.g, begin + i, h_.head, g_[i]);
+    gate_.apply(g_[i]);
+    beta_[i] = load_beta<Real>(h_, begin + i);
+  }
+}
+
+// sum = log-decay of the whole sub-chunks strictly between `before` and `after`; -1 is the chunk's start.
+template <class Real>
+void Chunkwise<Real>::log_decay_between(int64_t before, int64_t after, Real* sum) const {
+  std::fill(sum, sum + K_, Real(0));
+  for (int64_t M = before + 1; M < after; ++M) add_scaled(sum, Real(1), span_[M], K_);
+}
+template <class Real>
+void Chunkwise<Real>::decay_between(int64_t before, int64_t after, Real* factor) const {
+  log_decay_between(before, after, factor);
+  for (int64_t d = 0; d < K_; ++d) factor[d] = std::exp(factor[d]);
+}
+
+// q_in, k_in, k_out, span: the sums of log-decays start anew at each boundary, in both directions.
+template <class Real>
+void Chunkwise<Real>::decay_to_boundaries() {
+  Real sum[kMaxDim];
+  for (int64_t first = 0; first < n_; first += kSub) {
+    std::fill(sum, sum + K_, Real(0));
+    for (int64_t i = first; i < sub_end(first); ++i)
+      for (int64_t d = 0; d < K_; ++d) {
+        sum[d] += g_[i][d];
+        const Real factor = std::exp(sum[d]);
+        q_in_[i][d] = q_[i][d] * factor;
+        k_in_[i][d] = k_[i][d] * factor;
       }
-    std::copy(sum, sum + K, c.span[first / kSub]);
-    std::fill(sum, sum + K, 0.f);
-    for (int64_t j = last - 1; j >= first; --j)
-      for (int64_t d = 0; d < K; ++d) {
-        c.k_out[j][d] = c.k[j][d] * std::exp(sum[d]);
-        sum[d] += c.g[j][d];
+    std::copy(sum, sum + K_, span_[first / kSub]);
+    std::fill(sum, sum + K_, Real(0));
+    for (int64_t j = sub_end(first) - 1; j >= first; --j)
+      for (int64_t d = 0; d < K_; ++d) {
+        k_out_[j][d] = k_[j][d] * std::exp(sum[d]);
+        sum[d] += g_[j][d];
       }
   }
 }
 
-// Akk, Aqk between sub-chunk I and those before it: D(j, i) = (j to its boundary) · (between) · (boundary to
-// i)
-void pairs_between(Chunk& c, int64_t I) {
-  const int64_t K = c.q.width, first = I * kSub, last = std::min(first + kSub, c.n);
-  float between[256], q_i[256], k_i[256];
+// Akk, Aqk of sub-chunk I with those before it: D(j, i) = (j to its boundary) · (between) · (boundary to i).
+template <class Real>
+void Chunkwise<Real>::pairs_between(int64_t I) {
+  Real between[kMaxDim], q_i[kMaxDim], k_i[kMaxDim];
   for (int64_t J = 0; J < I; ++J) {
-    decay_between(c, J, I, between);
-    for (int64_t i = first; i < last; ++i) {
-      multiply(q_i, c.q_in[i], between, K);
-      multiply(k_i, c.k_in[i], between, K);
+    decay_between(J, I, between);
+    for (int64_t i = I * kSub; i < sub_end(I * kSub); ++i) {
+      multiply(q_i, q_in_[i], between, K_);
+      multiply(k_i, k_in_[i], between, K_);
       for (int64_t j = J * kSub; j < (J + 1) * kSub; ++j) {
-        c.Aqk[i][j] = dot(q_i, c.k_out[j], K);
-        c.Akk[i][j] = dot(k_i, c.k_out[j], K);
+        Aqk_[i][j] = dot(q_i, k_out_[j], K_);
+        Akk_[i][j] = dot(k_i, k_out_[j], K_);
       }
     }
   }
 }
 
 // Akk, Aqk inside sub-chunk I: j walks back from i, and the interval grows by one token a step.
-void pairs_within(Chunk& c, int64_t I) {
-  const int64_t K = c.q.width, first = I * kSub, last = std::min(first + kSub, c.n);
-  float sum[256], k_j[256];
-  for (int64_t i = first; i < last; ++i) {
-    c.Aqk[i][i] = dot(c.q[i], c.k[i], K);
-    std::fill(sum, sum + K, 0.f);
-    for (int64_t j = i - 1; j >= first; --j) {
-      add_scaled(sum, 1.f, c.g[j + 1], K);
-      for (int64_t d = 0; d < K; ++d) k_j[d] = c.k[j][d] * std::exp(sum[d]);
-      c.Aqk[i][j] = dot(c.q[i], k_j, K);
-      c.Akk[i][j] = dot(c.k[i], k_j, K);
+template <class Real>
+void Chunkwise<Real>::pairs_within(int64_t I) {
+  Real sum[kMaxDim], k_j[kMaxDim];
+  for (int64_t i = I * kSub; i < sub_end(I * kSub); ++i) {
+    Aqk_[i][i] = dot(q_[i], k_[i], K_);
+    std::fill(sum, sum + K_, Real(0));
+    for (int64_t j = i - 1; j >= I * kSub; --j) {
+      add_scaled(sum, Real(1), g_[j + 1], K_);
+      for (int64_t d = 0; d < K_; ++d) k_j[d] = k_[j][d] * std::exp(sum[d]);
+      Aqk_[i][j] = dot(q_[i], k_j, K_);
+      Akk_[i][j] = dot(k_[i], k_j, K_);
     }
   }
 }
 
-// u = v - Sᵀ(D(0, i) ⊙ k_i),   o = Sᵀ(D(0, i) ⊙ q_i)
-void read_state(Chunk& c, int64_t key_dim) {
-  float before[256];
-  for (int64_t i = 0; i < c.n; ++i) {
-    if (i % kSub == 0) decay_between(c, -1, i / kSub, before);
-    multiply(c.q[i], c.q_in[i], before, c.q.width);
-    multiply(c.k[i], c.k_in[i], before, c.k.width);
+// u_i = v_i - Sᵀ(D(0, i) ⊙ k_i),   o_i = Sᵀ(D(0, i) ⊙ q_i)
+template <class Real>
+void Chunkwise<Real>::read_state() {
+  Real before[kMaxDim];
+  for (int64_t i = 0; i < n_; ++i) {
+    if (i % kSub == 0) decay_between(-1, i / kSub, before);
+    multiply(q_[i], q_in_[i], before, K_);
+    multiply(k_[i], k_in_[i], before, K_);
   }
-  std::fill(c.o[0], c.o[c.n], 0.f);
-  add_product(c.o, 1, normal(c.q), c.S, c.n, key_dim);
-  add_product(c.u, -1, normal(c.k), c.S, c.n, key_dim);
+  std::fill(o_[0], o_[n_], Real(0));
+  add_product(o_, Real(1), normal(q_), S_, n_, h_.K);
+  add_product(u_, Real(-1), normal(k_), S_, n_, h_.K);
 }
 
-// Forward substitution: u_i = beta_i (u_i - sum_{j<i} Akk_ij u_j), whole sub-chunks before i first.
-void solve(Chunk& c) {
-  for (int64_t first = 0; first < c.n; first += kSub) {
-    const int64_t last = std::min(first + kSub, c.n);
-    add_product(c.u.from(first), -1, normal(c.Akk.from(first)), c.u, last - first, first);
+// Forward substitution: u_i <- beta_i (u_i - sum_{j<i} Akk_ij u_j), whole sub-chunks before i first.
+template <class Real>
+void Chunkwise<Real>::solve() {
+  for (int64_t first = 0; first < n_; first += kSub) {
+    const int64_t last = sub_end(first);
+    add_product(u_.from(first), Real(-1), normal(Akk_.from(first)), u_, last - first, first);
     for (int64_t i = first; i < last; ++i) {
-      const Factor row = {c.Akk[i] + first, c.Akk.width, 1};
-      add_product(c.u.from(i), -1, row, c.u.from(first), 1, i - first);
-      scale_by(c.u[i], c.beta[i], c.u.width);
+      const Factor<Real> row = {Akk_[i] + first, kChunk, 1};
+      add_product(u_.from(i), Real(-1), row, u_.from(first), 1, i - first);
+      scale_by(u_[i], beta_[i], V_);
     }
   }
 }
 
 // o_i += sum_{j<=i} Aqk_ij u_j. Row by row: a NaN of a later token stays its own.
-void read_chunk(Chunk& c) {
-  for (int64_t i = 0; i < c.n; ++i) add_product(c.o.from(i), 1, normal(c.Aqk.from(i)), c.u, 1, i + 1);
+template <class Real>
+void Chunkwise<Real>::read_chunk() {
+  for (int64_t i = 0; i < n_; ++i) add_product(o_.from(i), Real(1), normal(Aqk_.from(i)), u_, 1, i + 1);
 }
 
-// S <- Diag(D(0, n)) S + sum_{j<n} (D(j, n) ⊙ k_j) u_jᵀ, for the whole chunk or for its first sub-chunks.
-void advance(Chunk& c, Rows S, int64_t n, int64_t key_dim) {
-  const int64_t K = c.q.width, subs = (n + kSub - 1) / kSub;
-  float factor[256];
-  for (int64_t j = 0; j < n; ++j) {
-    if (j % kSub == 0) decay_between(c, j / kSub, subs, factor);
-    multiply(c.k[j], c.k_out[j], factor, K);
+template <class Real>
+void Chunkwise<Real>::store_out(int64_t begin) {
+  for (int64_t i = 0; i < n_; ++i) {
+    scale_by(o_[i], static_cast<Real>(h_.scale), V_);
+    store_row(o_[i], h_.args.out, begin + i, h_.head);
   }
-  decay_between(c, -1, subs, factor);
-  for (int64_t d = 0; d < key_dim; ++d) scale_by(S[d], factor[d], S.width);
-  add_product(S, 1, transposed(c.k), c.u, key_dim, n);
+}
+
+// S <- Diag(D(0, n)) S + sum_{j<n} (D(j, n) ⊙ k_j) u_jᵀ, for the whole chunk or its first sub-chunks.
+template <class Real>
+void Chunkwise<Real>::advance(Rows<Real> state, int64_t rows) {
+  const int64_t subs = (rows + kSub - 1) / kSub;
+  Real decay[kMaxDim];
+  for (int64_t j = 0; j < rows; ++j) {
+    if (j % kSub == 0) decay_between(j / kSub, subs, decay);
+    multiply(k_[j], k_out_[j], decay, K_);
+  }
+  log_decay_between(-1, subs, decay);
+  for (int64_t d = 0; d < h_.K; ++d) decay_by(state[d], decay[d], V_);
+  add_product(state, Real(1), transposed(k_), u_, h_.K, rows);
 }
 
 }  // namespace
 
 void chunk_head(const Head& h) {
   if (h.begin == h.end && h.read_slot == h.write_slot) return;
-  const HeadGate<float> gate(h.args.gate, h.head, h.K);
-  Chunk c(h, std::min(kChunk, h.end - h.begin));
-  load_state(h, h.read_slot, c.S.data);
-  for (int64_t begin = h.begin; begin < h.end; begin += kChunk) {
-    c.n = std::min(kChunk, h.end - begin);
-    load_chunk(h, gate, begin, c);
-    decay_to_boundaries(c);
-    for (int64_t I = 0; I * kSub < c.n; ++I) {
-      pairs_between(c, I);
-      pairs_within(c, I);
-    }
-    read_state(c, h.K);
-    solve(c);
-    read_chunk(c);
-    for (int64_t i = 0; i < c.n; ++i) {
-      scale_by(c.o[i], static_cast<float>(h.scale), c.o.width);
-      store_row(c.o[i], h.args.out, begin + i, h.head);
-    }
-    for_each_checkpoint(h.args, begin, begin + c.n, [&](int64_t row, int64_t slot) {
-      std::copy(c.S[0], c.S[h.K], c.S_row[0]);
-      advance(c, c.S_row, row - begin, h.K);
-      store_state(h, c.S_row.data, slot);
-    });
-    advance(c, c.S, c.n, h.K);
-  }
-  store_state(h, c.S.data, h.write_slot);
+  if (h.args.beta_kind == KdaBeta::sigmoid)
+    Chunkwise<float>(h).run();
+  else
+    Chunkwise<double>(h).run();
 }
 
 }  // namespace kda

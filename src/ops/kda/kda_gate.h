@@ -21,8 +21,6 @@ Real softplus(Real x) {
   return std::max(x, Real(0)) + std::log1p(std::exp(-std::abs(x)));
 }
 
-// In double whatever the caller computes in: an error of beta near 2, where a step is a reflection, is
-// repeated by every later step.
 inline double write_strength(KdaBeta kind, double x) {
   switch (kind) {
     case KdaBeta::value: return x;

@@ -1,6 +1,5 @@
 // The definition of Kimi Delta Attention: the recurrence, token by token and head by head. Never optimised;
 // kda_decode on the CPU runs through it too, in f32.
-#include "ops/kda/kda_gate.h"
 #include "ops/kda/kda_head.h"
 
 namespace kl {
@@ -21,17 +20,16 @@ void recurrent_head(const Head& h) {
     load_qk_row(h, args.k, t, k.data());
     load_row(args.g, t, h.head, g.data());
     gate.apply(g.data());
-    const double beta = write_strength(args.beta_kind, element<double>(args.beta, t, h.head));
 
     // S <- Diag(exp g) S                          the decay comes first,
     // delta = beta (v - Sᵀ k)                     so the prediction is that of the decayed state
     load_row(args.v, t, h.head, delta.data());
     for (int64_t d = 0; d < K; ++d) {
       Real* S_d = &S[static_cast<size_t>(d * width)];
-      scale_by(S_d, std::exp(g[static_cast<size_t>(d)]), width);
+      decay_by(S_d, g[static_cast<size_t>(d)], width);
       add_scaled(delta.data(), -k[static_cast<size_t>(d)], S_d, width);
     }
-    scale_by(delta.data(), static_cast<Real>(beta), width);
+    scale_by(delta.data(), load_beta<Real>(h, t), width);
 
     // S <- S + k deltaᵀ,   o = scale · Sᵀ q       the query reads the updated state
     std::fill(o.begin(), o.end(), Real(0));
