@@ -59,10 +59,17 @@ struct KdaArgs {
   bool l2norm = true;  // q and k are first divided by sqrt(sum of squares + l2_eps)
   float l2_eps = 1e-6f;
   float scale = 0.f;  // 0: K^-0.5
+
+  // CUDA, prefill: memory of the operator until the work is done, at least kda_workspace_bytes() of it,
+  // 256-byte aligned.
+  Tensor workspace;  // u8
 };
 
 // Any lengths. CPU: the chunkwise algorithm in f32.
 void kda_prefill(Ctx&, const KdaArgs&);
+// Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
+// CPU.
+int64_t kda_workspace_bytes(const KdaArgs&);
 // Short sequences (every length 1, or a few for the verification of drafts): one step of the recurrence after
 // another.
 void kda_decode(Ctx&, const KdaArgs&);

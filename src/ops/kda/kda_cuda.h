@@ -7,13 +7,24 @@
 namespace kl::cuda {
 
 // One step of the recurrence after another: what kda_decode() runs, and kda_prefill() for short sequences.
-// Any lengths, any K and V up to 256, checkpoints too.
+// Any lengths, any K and V up to 256, checkpoints too. Chooses between two ways, which can also be asked for:
 void kda_decode(const Ctx&, const KdaArgs&);
+// tiles of states in registers, every GPU and everything above;
+void kda_decode_tiles(const Ctx&, const KdaArgs&);
+// whole states through a ring in shared memory, sm_90 and up: K = V = 64 or 128, states of a slot contiguous,
+// no checkpoints. Ask first whether it takes the arguments; it pays from some hundred heads on.
+bool kda_decode_pipeline_takes(const KdaArgs&);
+bool kda_decode_pipeline_pays(const KdaArgs&);
+void kda_decode_pipeline(const Ctx&, const KdaArgs&);
 
 // Chunkwise with mma.sync: sm_80 and up, any K and V up to 256.
 void kda_prefill(const Ctx&, const KdaArgs&);
 
-// Chunkwise with wgmma, sm_90 only.
+// Chunkwise with wgmma, sm_90 only: K = V = 64 or 128, q, k, v and out in bf16, rows of q, k, v, g and out
+// that start at multiples of 16 bytes. Ask first whether it takes the arguments; their workspace may be
+// absent then.
+bool kda_prefill_sm90_takes(const KdaArgs&);
+int64_t kda_prefill_sm90_workspace(const KdaArgs&);  // bytes
 void kda_prefill_sm90(const Ctx&, const KdaArgs&);
 
 }  // namespace kl::cuda

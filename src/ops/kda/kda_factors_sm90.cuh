@@ -1,0 +1,405 @@
+// The producers of the Hopper prefill: one warp turns the raw operands of one chunk of 16 tokens into the
+// factors of the chunkwise recurrence, in place, without a word to any other warp.
+//
+// With G_i the inclusive sum of log-decays from the chunk's start to token i, per channel, and
+//
+//   L_ij = beta_i Σ k_i k_j e^(G_i - G_j)  (i > j)     A_ij = scale Σ q_i k_j e^(G_i - G_j)  (i >= j)
+//   T = (I + L)^-1 Diag(beta)
+//
+// the consumers need  -k_i e^(G_i),  scale q_i e^(G_i),  T^T (k e^(Gend - G)),  A T  and  e^(Gend).
+// All of it stands in the fragments of mma.sync: with g = lane / 4 and t = lane % 4 a lane has tokens g and
+// g + 8 of channels 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16; element e = 4 (channel / 8) + 2 (token / 8) +
+// channel % 2. The same registers are the left operand of a product over channels and the right one of
+// another, so L and A never leave them.
+//
+// The decays of L and A are split at the middle of the chunk, e^(G_i - Gm) · e^(Gm - G_j): good as long as
+// both halves of the chunk decay by less than 2^100 in every channel. Where they do not, those 16 channels
+// take every pair (i, j) by itself. Entries above the diagonal may be inf and are never looked at.
+#pragma once
+
+#include "ops/kda/kda_pipeline_sm90.cuh"
+
+namespace kl::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMaxSpan = 100.f;       // of half a chunk, in powers of two
+constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is its product with anything
+
+KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
+KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+// log2 of the decay of `kCount` elements whose raw gates are z; bias[i % 2] is added first.
+struct GateForm {
+  KdaGateKind kind;
+  float in, out;  // factors before and after the nonlinear part
+};
+KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
+  const float rate = gate_factor(gate, head);
+  switch (gate.kind) {
+    case KdaGateKind::softplus: return {gate.kind, kLog2e, -rate};
+    case KdaGateKind::bounded: return {gate.kind, -kLog2e * rate, gate.lower_bound * kLog2e};
+    default: return {gate.kind, kLog2e, 1.f};
+  }
+}
+KL_DEVICE float log2_decay_softplus(const GateForm& f, float x) {
+  const float y = x * f.in, u = exp2_approx(-fabsf(y));
+  // log2(1 + u): where u is small 1 + u would round it away, and slow gates act over a million tokens.
+  const float series = kLog2e * u * fmaf(u, fmaf(u, fmaf(u, -0.25f, 1.f / 3), -0.5f), 1.f);
+  return f.out * (fmaxf(y, 0.f) + (u < 0.0625f ? series : log2_approx(1.f + u)));
+}
+KL_DEVICE void log2_decays(const GateForm& f, float (&x)[8]) {
+  if (f.kind == KdaGateKind::bounded) {
+#pragma unroll
+    for (float& e : x) e = f.out * rcp_approx(1.f + exp2_approx(e * f.in));
+  } else if (f.kind == KdaGateKind::softplus) {
+#pragma unroll
+    for (float& e : x) e = log2_decay_softplus(f, e);
+  } else {
+#pragma unroll
+    for (float& e : x) e *= f.in;
+  }
+#pragma unroll
+  for (float& e : x) e = fmaxf(e, kMinLogDecay);
+}
+
+template <int D, bool kGateF32>
+class Producer {
+  using R = Ring<D, kGateF32>;
+
+ public:
+  KL_DEVICE Producer(const PrefillParams& params, R r, int warp)
+      : p(params), ring(r), lane(static_cast<int>(threadIdx.x % 32)), g(lane / 4), t(lane % 4) {
+    scratch = reinterpret_cast<float*>(ring.memory + R::kScratch + warp * R::kScratchBytes);
+    // Rows of the sums over a half of the chunk, as a left operand: for token i < 7 minus the sum of tokens
+    // i + 1 to 7, in row 7 the sum of tokens 0 to 7, for i > 7 the sum of tokens 8 to i. All relative to the
+    // middle, so that a steep token does not cost the others their precision.
+    const auto first = [&](int col) { return g == 7 ? 1.f : col > g ? -1.f : 0.f; };
+    const auto second = [&](int col) { return col <= g ? 1.f : 0.f; };
+    sums[0] = pack_bf16(first(2 * t), first(2 * t + 1)), sums[1] = 0;
+    sums[2] = 0, sums[3] = pack_bf16(second(2 * t), second(2 * t + 1));
+  }
+
+  KL_DEVICE void run(int warp) {
+    Turn<R::kSlots> turn(warp);
+    for (;;) {
+      mbarrier_wait(ring.raw(turn.slot), turn.phase);
+      const ChunkInfo& info = ring.info(turn.slot);
+      const bool end = info.item == Item::none;
+      if (!end) chunk(turn.slot, info);
+      fence_proxy_async();  // the factors become visible to the tensor cores
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(ring.ready(turn.slot));
+      if (end) return;
+      turn.advance(kProducers);
+    }
+  }
+
+ private:
+  const PrefillParams& p;
+  R ring;
+  int lane, g, t;
+  uint32_t sums[4];
+  float* scratch;
+
+  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels of kPanelBytes.
+  template <uint32_t kPanelBytes>
+  KL_DEVICE uint32_t block(uint32_t region, int step) const {
+    return region + step / 4 * kPanelBytes + piece_at(lane % 16, 2 * (step % 4) + lane / 16);
+  }
+
+  // 1 / |x| of tokens g and g + 8, from the diagonal of x x^T.
+  KL_DEVICE void inverse_lengths(uint32_t region, float (&inverse)[2]) const {
+    float d0[4] = {}, d1[4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      uint32_t x[4];
+      ldmatrix_x4(x, block<4096>(region, step));
+      mma_bf16(d0, x, x[0], x[2]);
+      mma_bf16(d1, x, x[1], x[3]);
+    }
+    const int from = lane & ~3 | g / 2;
+    inverse[0] = rsqrt_approx(__shfl_sync(0xffffffffu, g % 2 ? d0[1] : d0[0], from) + p.l2_eps);
+    inverse[1] = rsqrt_approx(__shfl_sync(0xffffffffu, g % 2 ? d1[3] : d1[2], from) + p.l2_eps);
+  }
+
+  // Log-decays of tokens 2t, 2t + 1, 2t + 8, 2t + 9 (registers' order) of channels g, g + 8: right operands.
+  KL_DEVICE void load_gate(int slot, const GateForm& form, const float* bias, int rows, int step,
+                           float (&x)[8]) const {
+    if constexpr (kGateF32) {
+      const float* raw = reinterpret_cast<const float*>(ring.memory + R::kGate + slot * 16 * R::kGateRow);
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        x[e] = raw[(2 * t + e % 2 + e / 2 % 2 * 8) * (R::kGateRow / 4) + 16 * step + g + e / 4 * 8];
+    } else {
+      uint32_t raw[4];
+      ldmatrix_x4_trans(raw, block<2048>(ring.slot(slot) + R::kWrite, step));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[2 * i] = low_half(raw[i]), x[2 * i + 1] = high_half(raw[i]);
+    }
+    if (bias != nullptr) {
+      const float b0 = __ldg(bias + 16 * step + g), b1 = __ldg(bias + 16 * step + g + 8);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[e] += b0, x[4 + e] += b1;
+    }
+    log2_decays(form, x);
+    if (rows < kChunkTokens) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e)
+        if (2 * t + e % 2 + e / 2 % 2 * 8 >= rows) x[e] = 0.f;
+    }
+  }
+
+  // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. Each log-decay
+  // goes in as two bf16 terms: 2^-17 of it is lost, without bias.
+  KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
+    float d[2][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const float* y = x + 4 * tile;
+      const uint32_t h0 = pack_bf16(y[0], y[1]), h1 = pack_bf16(y[2], y[3]);
+      mma_bf16(d[tile], sums, h0, h1);
+      mma_bf16(d[tile], sums, pack_bf16(y[0] - low_half(h0), y[1] - high_half(h0)),
+               pack_bf16(y[2] - low_half(h1), y[3] - high_half(h1)));
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[e] = d[e / 4][e % 4];
+  }
+
+  // Adds to L and A what 16 channels give, pair by pair. The differences of sums over one side of the middle
+  // are sums over the tokens between.
+  KL_DEVICE void add_pairs(uint32_t pair, int step, const float (&sum)[8], const float (&k_scale)[2],
+                           const float (&q_scale)[2], float (&L)[2][4], float (&A)[2][4]) const {
+    float* sums_of = scratch;  // [token][channel]
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sums_of[(g + e / 2 % 2 * 8) * 17 + 2 * t + e % 2 + e / 4 * 8] = sum[e];
+    __syncwarp();
+    const char* memory = ring.memory - ring.base();
+    const auto element = [&](uint32_t region, int row, int channel) {
+      return to_float(*reinterpret_cast<const bf16*>(
+          memory + region + step / 4 * 4096 + piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
+    };
+#pragma unroll 1
+    for (int e = 0; e < 8; ++e) {  // L[e / 4][e % 4]
+      const int i = g + e % 4 / 2 * 8, j = 2 * t + e % 2 + e / 4 * 8;
+      const float kj = __shfl_sync(0xffffffffu, k_scale[0], 4 * (j % 8));
+      const float kj8 = __shfl_sync(0xffffffffu, k_scale[1], 4 * (j % 8));
+      if (i < j) continue;
+      float kk = 0, qk = 0;
+#pragma unroll 1
+      for (int c = 0; c < 16; ++c) {
+        const float w = element(pair, j, c) * exp2_approx(sums_of[i * 17 + c] - sums_of[j * 17 + c]);
+        kk = fmaf(element(pair, i, c), w, kk);
+        qk = fmaf(element(pair + 2048, i, c), w, qk);
+      }
+      const float scale_j = j < 8 ? kj : kj8;
+      const float l = -kk * scale_j * (i < 8 ? k_scale[0] : k_scale[1]);
+      const float a = qk * scale_j * (i < 8 ? q_scale[0] : q_scale[1]);
+#pragma unroll
+      for (int r = 0; r < 8; ++r)
+        if (r == e) L[r / 4][r % 4] += l, A[r / 4][r % 4] += a;
+    }
+    __syncwarp();
+  }
+
+  KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
+    const int rows = info.rows, head = info.head;
+    const uint32_t pair = ring.slot(slot) + R::kPair, write = ring.slot(slot) + R::kWrite;
+    // Lane's strength: of token lane % 16. Wanted after the loop; the load is under way meanwhile.
+    float beta = 0;
+    if (lane % 16 < rows) beta = load_element(p.beta, offset_of(p.beta, info.token + lane % 16, head));
+
+    float k_scale[2] = {1, 1}, q_scale[2] = {1, 1};
+    if (p.l2norm) inverse_lengths(pair, k_scale), inverse_lengths(pair + 2048, q_scale);
+    q_scale[0] *= p.scale, q_scale[1] *= p.scale;
+    const GateForm form = gate_form(p.gate, head);
+    const float* bias = p.gate.dt_bias != nullptr && p.gate.kind != KdaGateKind::log_decay
+                            ? p.gate.dt_bias + head * p.gate.dt_stride
+                            : nullptr;
+
+    float L[2][4] = {}, A[2][4] = {};  // -L without beta; A. [token j / 8][fragment]
+#pragma unroll 1
+    for (int step = 0; step < D / 16; ++step) {
+      float sum[8];
+      {
+        float x[8];
+        load_gate(slot, form, bias, rows, step, x);
+        sum_gates(x, sum);
+      }
+      bool steep = false;
+#pragma unroll
+      for (int e = 0; e < 8; ++e) steep |= fabsf(sum[e]) > kMaxSpan;
+      steep = __any_sync(0xffffffffu, steep);
+
+      uint32_t k_raw[4], q_raw[4];
+      ldmatrix_x4(k_raw, block<4096>(pair, step));
+      ldmatrix_x4(q_raw, block<4096>(pair + 2048, step));
+      float k[8], q[8];  // -k normalised; q normalised and scaled
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // register i: tokens i % 2, channels i / 2
+        const int e = 4 * (i / 2) + 2 * (i % 2);
+        k[e] = -k_scale[i % 2] * low_half(k_raw[i]), k[e + 1] = -k_scale[i % 2] * high_half(k_raw[i]);
+        q[e] = q_scale[i % 2] * low_half(q_raw[i]), q[e + 1] = q_scale[i % 2] * high_half(q_raw[i]);
+      }
+
+      float decay[4];  // of the whole chunk, channels 2t, 2t + 1, 2t + 8, 2t + 9
+      uint32_t read_k[4], read_q[4], keep[4];
+      const auto pack = [](const float(&f)[8], uint32_t(&r)[4]) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int e = 4 * (i / 2) + 2 * (i % 2);
+          r[i] = pack_bf16(f[e], f[e + 1]);
+        }
+      };
+      if (!steep) {
+        float from_middle[8], to_middle[8];  // e^(G - Gm), e^(Gm - G)
+#pragma unroll
+        for (int e = 0; e < 8; ++e) from_middle[e] = exp2_approx(sum[e]), to_middle[e] = exp2_approx(-sum[e]);
+        float first[4], second[4];  // decays of the halves: e^Gm, e^(Gend - Gm)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int e = 4 * (c / 2) + c % 2;
+          first[c] = __shfl_sync(0xffffffffu, from_middle[e], 28 + t);
+          second[c] = __shfl_sync(0xffffffffu, from_middle[e + 2], 28 + t);
+          if (g == 7) from_middle[e] = to_middle[e] = 1.f;
+          decay[c] = first[c] * second[c];
+        }
+        float left_k[8], left_q[8], right[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          left_k[e] = k[e] * from_middle[e], left_q[e] = q[e] * from_middle[e];
+          right[e] = -k[e] * to_middle[e];
+        }
+        uint32_t a[4], b[4];
+        pack(right, b);
+        pack(left_k, a);
+        mma_bf16(L[0], a, b[0], b[2]);
+        mma_bf16(L[1], a, b[1], b[3]);
+        pack(left_q, a);
+        mma_bf16(A[0], a, b[0], b[2]);
+        mma_bf16(A[1], a, b[1], b[3]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int c = 2 * (e / 4) + e % 2;
+          left_k[e] *= first[c], left_q[e] *= first[c], right[e] *= second[c];
+        }
+        pack(left_k, read_k), pack(left_q, read_q), pack(right, keep);
+      } else {
+        float first[4], second[4];
+        float from_start[8], to_end[8];
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int e = 4 * (c / 2) + c % 2;
+          first[c] = __shfl_sync(0xffffffffu, sum[e], 28 + t);
+          second[c] = __shfl_sync(0xffffffffu, sum[e + 2], 28 + t);
+          if (g == 7) sum[e] = 0.f;
+          decay[c] = exp2_approx(first[c] + second[c]);
+        }
+        add_pairs(pair, step, sum, k_scale, q_scale, L, A);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+          const int c = 2 * (e / 4) + e % 2;
+          const float start = exp2_approx(sum[e] + first[c]), end = exp2_approx(second[c] - sum[e]);
+          from_start[e] = k[e] * start, to_end[e] = -k[e] * end;
+          sum[e] = q[e] * start;
+        }
+        pack(from_start, read_k), pack(sum, read_q), pack(to_end, keep);
+      }
+      __syncwarp();  // the block has been read by every lane
+      stmatrix_x4(block<4096>(pair, step), read_k);
+      stmatrix_x4(block<4096>(pair + 2048, step), read_q);
+      stmatrix_x4(block<2048>(write, step), keep);
+      if (g == 0) {
+        float2* to = reinterpret_cast<float2*>(ring.decay(slot) + 16 * step + 2 * t);
+        to[0] = {decay[0], decay[1]}, to[4] = {decay[2], decay[3]};
+      }
+    }
+    beta = lane % 16 < rows ? write_strength(p.beta_kind, beta) : 0.f;
+    uint32_t high[4], low[4];  // T^T, a left operand
+    invert(L, beta, high, low);
+    finish(slot, write, A, high, low);
+  }
+
+  // T = (I + L)^-1 Diag(beta), by forward substitution in f32; lane % 16 is a column. Leaves T^T as two bf16
+  // terms.
+  KL_DEVICE void invert(const float (&L)[2][4], float beta, uint32_t (&high)[4], uint32_t (&low)[4]) const {
+    const float beta_i[2] = {__shfl_sync(0xffffffffu, beta, g), __shfl_sync(0xffffffffu, beta, g + 8)};
+    constexpr int kRow = 20;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // of tokens i
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+        *reinterpret_cast<float2*>(scratch + (g + 8 * half) * kRow + 2 * t + 8 * tile) = {
+            beta_i[half] * L[tile][2 * half], beta_i[half] * L[tile][2 * half + 1]};
+    __syncwarp();
+    const int j = lane % 16;
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float row[16];
+#pragma unroll
+      for (int l = 0; l < i; l += 4)
+        *reinterpret_cast<float4*>(row + l) = *reinterpret_cast<const float4*>(scratch + i * kRow + l);
+      float even = i == j ? 1.f : 0.f, odd = 0;
+#pragma unroll
+      for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(row[l], x[l], l % 2 ? odd : even);
+      x[i] = even + odd;
+    }
+    uint32_t terms[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float a = x[2 * i] * beta, b = x[2 * i + 1] * beta;
+      terms[i] = pack_bf16(a, b);
+      if (lane >= 16) terms[i] = pack_bf16(a - low_half(terms[i]), b - high_half(terms[i]));
+    }
+    uint4* to = reinterpret_cast<uint4*>(scratch + 16 * kRow) + 2 * lane;  // lanes 16 to 31: the second term
+    to[0] = {terms[0], terms[1], terms[2], terms[3]};
+    to[1] = {terms[4], terms[5], terms[6], terms[7]};
+    __syncwarp();
+    const uint32_t from = smem_address(scratch + 16 * kRow) + lane % 16 * 32 + lane / 16 * 16;
+    ldmatrix_x4(high, from);
+    ldmatrix_x4(low, from + 512);
+  }
+
+  // A T for the outputs, T^T (k e^(Gend - G)) for the state.
+  KL_DEVICE void finish(int slot, uint32_t write, float (&A)[2][4], const uint32_t (&high)[4],
+                        const uint32_t (&low)[4]) const {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (g + r / 2 * 8 < 2 * t + r % 2 + 8 * tile) A[tile][r] = 0.f;
+    const uint32_t a[4] = {pack_bf16(A[0][0], A[0][1]), pack_bf16(A[0][2], A[0][3]),
+                           pack_bf16(A[1][0], A[1][1]), pack_bf16(A[1][2], A[1][3])};
+    float z[2][4] = {};
+    mma_bf16(z[0], a, high[0], high[2]);
+    mma_bf16(z[1], a, high[1], high[3]);
+    mma_bf16(z[0], a, low[0], low[2]);
+    mma_bf16(z[1], a, low[1], low[3]);
+    // 8 x 8 blocks of 128 bytes: [token i / 8][token j / 8].
+    char* read = ring.memory + R::kRead + slot * 512 + g * 16 + t * 4;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<uint32_t*>(read + 256 * half + 128 * tile) =
+            pack_bf16(z[tile][2 * half], z[tile][2 * half + 1]);
+#pragma unroll 2
+    for (int step = 0; step < D / 16; ++step) {
+      const uint32_t at = block<2048>(write, step);
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, at);
+      float d[2][4] = {};
+      mma_bf16(d[0], high, b[0], b[1]);
+      mma_bf16(d[1], high, b[2], b[3]);
+      mma_bf16(d[0], low, b[0], b[1]);
+      mma_bf16(d[1], low, b[2], b[3]);
+      const uint32_t out[4] = {pack_bf16(d[0][0], d[0][1]), pack_bf16(d[0][2], d[0][3]),
+                               pack_bf16(d[1][0], d[1][1]), pack_bf16(d[1][2], d[1][3])};
+      __syncwarp();  // the block has been read by every lane
+      stmatrix_x4(at, out);
+    }
+  }
+};
+
+}  // namespace kl::cuda

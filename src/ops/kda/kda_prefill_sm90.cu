@@ -1,0 +1,152 @@
+// KDA prefill on Hopper: one persistent kernel in which tensor cores carry the state in registers while other
+// warps prepare the coming chunks (kda_pipeline_sm90.cuh says how), for K = V = 64 or 128 and bf16 rows.
+// docs/2026-11-23-kda-prefill-hopper.md has the reasons and the measurements.
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "ops/kda/kda_chunk.cuh"
+#include "ops/kda/kda_cuda.h"
+#include "ops/kda/kda_factors_sm90.cuh"
+#include "ops/kda/kda_scan_sm90.cuh"
+
+namespace kl::cuda {
+namespace {
+
+// Registers of a thread: 256 consumers and 256 others share 65536.
+constexpr int kConsumerRegisters = 152;
+constexpr int kOtherRegisters = 104;
+
+template <int D, bool kGateF32>
+__global__ void __launch_bounds__(kBlockThreads, 1)
+    prefill_kernel(const __grid_constant__ PrefillParams p, const bool second) {
+  extern __shared__ __align__(1024) char memory[];
+  using R = Ring<D, kGateF32>;
+  const R ring{memory};
+  // The same in all lanes, and the compiler knows.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < R::kSlots; ++s) {
+      mbarrier_init(ring.raw(s), 33);
+      mbarrier_init(ring.ready(s), 1);
+      mbarrier_init(ring.free(s), D / 16);
+    }
+    ring.stopped() = -1;
+    fence_barrier_init();
+  }
+  __syncthreads();  // the barriers are initialised
+  if (warp < kConsumerWarps) {
+    registers_increase<kConsumerRegisters>();
+    if (warp < D / 16) Consumer<D, kGateF32>(p, ring, warp).run();
+  } else {
+    registers_decrease<kOtherRegisters>();
+    if (warp < kConsumerWarps + kProducers)
+      Producer<D, kGateF32>(p, ring, warp - kConsumerWarps).run(warp - kConsumerWarps);
+    else
+      Loader<D, kGateF32>(p, ring).run(second);
+  }
+}
+
+// Chunks of a segment. Sequences are taken to be of one length; longer ones get more segments.
+int segment_chunks(int64_t T, int64_t N, int64_t heads, bool whole) {
+  const int64_t chunks = (T + kChunkTokens * N - 1) / (kChunkTokens * N);
+  const int64_t segments = current_device().multiprocessors / (N * heads);
+  if (whole || segments < 2) return INT_MAX / 2;
+  return static_cast<int>(std::max<int64_t>(kMinSegmentChunks, (chunks + segments - 1) / segments));
+}
+
+struct Plan {
+  int64_t T, N, heads, D, segments = 0;  // segments: at most; 0: every sequence is one
+  int segment_chunks = 0;
+  PrefillWorkspace workspace{};
+};
+Plan make_plan(const KdaArgs& a) {
+  Plan plan{.T = a.v.size(0), .N = a.cu_seqlens.size(0) - 1, .heads = a.v.size(1), .D = a.q.size(2)};
+  if (plan.N == 0) return plan;
+  plan.segment_chunks = segment_chunks(plan.T, plan.N, plan.heads, static_cast<bool>(a.checkpoint_row));
+  const int64_t most = max_segments(plan.T, plan.N, plan.segment_chunks);
+  plan.segments = most > plan.N ? most : 0;
+  plan.workspace = prefill_workspace(plan.T, plan.heads, plan.D, plan.segments);
+  return plan;
+}
+
+PrefillParams make_params(const KdaArgs& a, const Plan& plan) {
+  char* const memory = static_cast<char*>(a.workspace.data);
+  const auto part = [&](int64_t offset) { return plan.segments > 0 ? memory + offset : nullptr; };
+  Operand state{};
+  if (a.state) state = operand(a.state);
+  return {.q = operand(a.q),
+          .k = operand(a.k),
+          .v = operand(a.v),
+          .g = operand(a.g),
+          .beta = operand(a.beta),
+          .out = operand(a.out),
+          .cu_seqlens = row_numbers(a.cu_seqlens),
+          .sequences = static_cast<int>(plan.N),
+          .heads = static_cast<int>(plan.heads),
+          .group = static_cast<int>(plan.heads / a.q.size(1)),
+          .state = state,
+          .state_row_stride = a.state ? a.state.stride[2] : 0,
+          .state_v_first = a.state_v_first,
+          .slot = static_cast<const int32_t*>(a.slot.data),
+          .slot_out = static_cast<const int32_t*>(a.slot_out.data),
+          .checkpoint_row = static_cast<const int32_t*>(a.checkpoint_row.data),
+          .checkpoint_slot = static_cast<const int32_t*>(a.checkpoint_slot.data),
+          .checkpoints = a.checkpoint_row ? static_cast<int>(a.checkpoint_row.size(0)) : 0,
+          .gate = gate_params(a.gate),
+          .beta_kind = a.beta_kind,
+          .l2norm = a.l2norm,
+          .l2_eps = a.l2_eps,
+          .scale = a.scale != 0 ? a.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(plan.D))),
+          .segment_chunks = plan.segment_chunks,
+          .next_item = reinterpret_cast<int*>(memory),
+          .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
+          .carried = reinterpret_cast<float*>(part(plan.workspace.carried)),
+          .transition = reinterpret_cast<float*>(part(plan.workspace.transition)),
+          .queries = part(plan.workspace.queries)};
+}
+
+template <int D, bool kGateF32>
+void run(const PrefillParams& p, const Plan& plan, cudaStream_t stream) {
+  const int64_t items = std::max(plan.segments, plan.N) * plan.heads;
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));
+  const LaunchConfig config{
+      .grid = blocks, .block = kBlockThreads, .smem = Ring<D, kGateF32>::kBytes, .stream = stream};
+  launch(prefill_kernel<D, kGateF32>, config, p, false);
+  if (plan.segments == 0) return;
+  launch(prefill_kernel<D, kGateF32>, config, p, true);
+  chain_segments(p, plan.D, plan.segments, plan.T, stream);
+}
+
+bool rows_of_16_bytes(const Tensor& t) {
+  const int64_t step = 16 / size_of(t.dtype);
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.stride[0] % step == 0 && t.stride[1] % step == 0;
+}
+
+}  // namespace
+
+bool kda_prefill_sm90_takes(const KdaArgs& a) {
+  const int64_t D = a.q.size(2);
+  bool takes = D == a.v.size(2) && (D == 64 || D == 128) && rows_of_16_bytes(a.g);
+  for (const Tensor& t : {a.q, a.k, a.v, a.out})
+    takes = takes && t.dtype == DType::bf16 && rows_of_16_bytes(t);
+  return takes;
+}
+
+int64_t kda_prefill_sm90_workspace(const KdaArgs& a) { return make_plan(a).workspace.total; }
+
+void kda_prefill_sm90(const Ctx& ctx, const KdaArgs& a) {
+  const Plan plan = make_plan(a);
+  if (plan.N == 0) return;
+  KL_CHECK(a.workspace && a.workspace.bytes() >= plan.workspace.total,
+           "kda prefill: expected a workspace of ", plan.workspace.total, " bytes, found ",
+           a.workspace ? a.workspace.bytes() : 0);
+  const PrefillParams p = make_params(a, plan);
+  const cudaStream_t stream = static_cast<cudaStream_t>(ctx.stream);
+  KL_CUDA_CHECK(cudaMemsetAsync(p.next_item, 0, 2 * sizeof(int), stream), "clearing the item counters");
+  const bool gate_f32 = a.g.dtype == DType::f32;
+  if (plan.D == 128)
+    gate_f32 ? run<128, true>(p, plan, stream) : run<128, false>(p, plan, stream);
+  else
+    gate_f32 ? run<64, true>(p, plan, stream) : run<64, false>(p, plan, stream);
+}
+
+}  // namespace kl::cuda

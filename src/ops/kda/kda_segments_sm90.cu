@@ -1,0 +1,173 @@
+// What makes one recurrence out of segments that were worked on separately (kda_chunk.cuh): the states before
+// them, one after the other, then their part in the outputs. Where a segment's transition is negligible the
+// state after it is its own, and its neighbours' states are never touched.
+#include "cuda/launch.h"
+#include "ops/kda/kda_chunk.cuh"
+
+namespace kl::cuda {
+namespace {
+
+constexpr int kSlab = 16;  // value channels of a block of the chain
+constexpr int kChainThreads = 256;
+constexpr int kApplyThreads = 256;
+constexpr int kApplyTokens = 1024;  // of a block; a warp takes 16 at a time
+
+// Segments of sequence n; the number of the first one, by a whole warp.
+KL_DEVICE Segment find_sequence(const PrefillParams& p, int n) {
+  Segment s;
+  walk_sequences(p, [&](int m, int64_t, int64_t, int, int segments, int before) {
+    const unsigned found = __ballot_sync(0xffffffffu, m == n);
+    if (found == 0) return false;
+    const int lane = __ffs(static_cast<int>(found)) - 1;
+    s.sequence = n;
+    s.count = __shfl_sync(0xffffffffu, segments, lane);
+    s.id = __shfl_sync(0xffffffffu, before, lane);
+    return true;
+  });
+  return s;
+}
+
+// carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ...; the last one is the final state. A block has
+// kSlab rows (value channels), which nobody else reads.
+template <int D>
+__global__ void __launch_bounds__(kChainThreads) chain_kernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kRows = kSlab / (kChainThreads / D);  // of a thread; it has one key channel
+  __shared__ float state[kSlab][D];
+  const int n = static_cast<int>(blockIdx.x) / p.heads, head = static_cast<int>(blockIdx.x) % p.heads;
+  const Segment s = find_sequence(p, n);
+  if (s.count == 1) return;  // its final state is written already
+  const int v0 = static_cast<int>(blockIdx.y) * kSlab, k = static_cast<int>(threadIdx.x) % D;
+  const int row0 = static_cast<int>(threadIdx.x) / D * kRows;
+  const auto matrix = [&](int j) { return (static_cast<int64_t>(s.id + j) * p.heads + head) * D * D; };
+  bool in_shared = false;  // carried[j - 1]
+  float x[kRows];
+  for (int j = 1; j < s.count; ++j) {
+    const bool last = j + 1 == s.count;
+    const bool negligible = p.progress[(s.id + j) * p.heads + head] < 0;
+    if (negligible && !last) {
+      in_shared = false;
+      continue;
+    }
+    float* own = p.carried + matrix(j) + static_cast<int64_t>(v0 + row0) * D + k;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) x[r] = own[r * D];
+    if (!negligible) {
+      if (!in_shared) {
+        const float* before = p.carried + matrix(j - 1) + static_cast<int64_t>(v0 + row0) * D + k;
+        __syncthreads();  // nobody still reads the state before that
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) state[row0 + r][k] = before[r * D];
+        __syncthreads();  // the state is there
+      }
+      const float* M = p.transition + matrix(j) + k;
+#pragma unroll 4
+      for (int i = 0; i < D; i += 4) {
+        const float m[4] = {M[i * D], M[(i + 1) * D], M[(i + 2) * D], M[(i + 3) * D]};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float4 four = *reinterpret_cast<const float4*>(&state[row0 + r][i]);
+          x[r] = fmaf(four.x, m[0], fmaf(four.y, m[1], fmaf(four.z, m[2], fmaf(four.w, m[3], x[r]))));
+        }
+      }
+      __syncthreads();  // the old state has been read
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) state[row0 + r][k] = x[r], own[r * D] = x[r];
+      __syncthreads();  // the new one is there
+      in_shared = true;
+    }
+  }
+  if (p.slot == nullptr) return;
+  const int slot = (p.slot_out != nullptr ? p.slot_out : p.slot)[n];
+  if (slot < 0) return;
+  const StatePlace place = state_place(p, slot, head);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    store_element(place.pool, place.base + k * place.k_stride + (v0 + row0 + r) * place.v_stride, x[r]);
+}
+
+// out += qt · (state before the segment), for the tokens that have a qt.
+template <int D>
+__global__ void __launch_bounds__(kApplyThreads) apply_kernel(const __grid_constant__ PrefillParams p) {
+  constexpr int kRow = D + 8;
+  __shared__ __align__(16) bf16 state[D * kRow];  // [value channel][key channel]
+  const int head = static_cast<int>(blockIdx.x) % p.heads;
+  const Segment s = find_segment(p, static_cast<int>(blockIdx.x) / p.heads);
+  if (s.sequence < 0 || s.index == 0) return;
+  const int done = p.progress[s.id * p.heads + head];
+  const int64_t first = static_cast<int64_t>(s.first_chunk) * kChunkTokens;
+  const int64_t end =
+      min(first + static_cast<int64_t>(done < 0 ? -done : done) * kChunkTokens, s.length) + s.begin;
+  const int64_t begin = s.begin + first + static_cast<int64_t>(blockIdx.y) * kApplyTokens;
+  if (begin >= end) return;
+
+  const float* before = p.carried + (static_cast<int64_t>(s.id - 1) * p.heads + head) * D * D;
+  for (int i = static_cast<int>(threadIdx.x); i < D * D / 4; i += kApplyThreads)
+    store4(state + i / (D / 4) * kRow + i % (D / 4) * 4, load4(before + 4 * i));
+  __syncthreads();  // the state is there
+
+  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const bf16* queries = static_cast<const bf16*>(p.queries);
+  bf16* out = static_cast<bf16*>(p.out.data);
+  const int64_t stop = min(end, begin + kApplyTokens);
+  for (int64_t token = begin + threadIdx.x / 32 * 16; token < stop; token += kApplyThreads / 2) {
+    uint32_t a[D / 16][4];
+    bool valid[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = token + g + 8 * half;
+      valid[half] = row < stop;
+      const bf16* q = queries + (row * p.heads + head) * D + 2 * t;
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) {
+        a[step][half] = valid[half] ? *reinterpret_cast<const uint32_t*>(q + 16 * step) : 0;
+        a[step][half + 2] = valid[half] ? *reinterpret_cast<const uint32_t*>(q + 16 * step + 8) : 0;
+      }
+    }
+    // Value channels 16 c + 4 t to 16 c + 4 t + 3 belong to a lane: columns 2t, 2t + 1 of two tiles.
+#pragma unroll 2
+    for (int c = 0; c < D / 16; ++c) {
+      float d[2][4] = {};
+      const int v = 16 * c + 4 * (lane % 8 / 2) + lane % 2 + lane / 16 * 2;
+      const uint32_t row = smem_address(state + v * kRow) + lane / 8 % 2 * 16;
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) {
+        uint32_t b[4];  // tile 0: key channels 0-7, 8-15; tile 1
+        ldmatrix_x4(b, row + 32 * step);
+        mma_bf16(d[0], a[step], b[0], b[1]);
+        mma_bf16(d[1], a[step], b[2], b[3]);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (!valid[half]) continue;
+        bf16* to = out + offset_of(p.out, token + g + 8 * half, head) + 16 * c + 4 * t;
+        const float4 old = load4(to);
+        store4(to, float4{old.x + d[0][2 * half], old.y + d[0][2 * half + 1], old.z + d[1][2 * half],
+                          old.w + d[1][2 * half + 1]});
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void chain_segments(const PrefillParams& p, int64_t D, int64_t segments, int64_t T, cudaStream_t stream) {
+  const unsigned heads = static_cast<unsigned>(p.heads);
+  const LaunchConfig chain{
+      .grid = {static_cast<unsigned>(p.sequences) * heads, static_cast<unsigned>(D / kSlab)},
+      .block = kChainThreads,
+      .stream = stream};
+  const int64_t longest = std::min<int64_t>(T, static_cast<int64_t>(p.segment_chunks) * kChunkTokens);
+  const LaunchConfig apply{.grid = {static_cast<unsigned>(segments) * heads,
+                                    static_cast<unsigned>((longest + kApplyTokens - 1) / kApplyTokens)},
+                           .block = kApplyThreads,
+                           .stream = stream};
+  if (D == 128) {
+    launch(chain_kernel<128>, chain, p);
+    launch(apply_kernel<128>, apply, p);
+  } else {
+    launch(chain_kernel<64>, chain, p);
+    launch(apply_kernel<64>, apply, p);
+  }
+}
+
+}  // namespace kl::cuda
