@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "ops/act/act_cpu.h"
+
 #ifdef KL_CUDA
 #include "ops/act/act_cuda.h"
 #endif
@@ -10,7 +12,7 @@
 namespace kl {
 namespace {
 
-constexpr int64_t kElementsPerTask = 8192;  // some ten microseconds: enough to be worth waking a thread for
+constexpr int64_t kElementsPerTask = 8192;  // some microseconds: enough to be worth waking a thread for
 
 void check_operand(std::string_view name, const Tensor& t, const SiluMulArgs& a, Device device) {
   check_shape(name, t, {a.gate.size(0), a.gate.size(1)});
@@ -28,6 +30,20 @@ void check_args(const SiluMulArgs& a, Device device) {
   check_in_place("silu_mul: out", a.out, a.up);
 }
 
+void silu_mul_piece(const SiluMulArgs& a) {
+  for (const Tensor& t : {a.gate, a.up, a.out})
+    if (t.dtype != DType::f32) return silu_mul_ref(a);
+  KL_ACTIVE_ISA(silu_mul_rows)
+  ({.gate = a.gate.ptr<float>(),
+    .up = a.up.ptr<float>(),
+    .out = a.out.ptr<float>(),
+    .gate_stride = a.gate.stride[0],
+    .up_stride = a.up.stride[0],
+    .out_stride = a.out.stride[0],
+    .rows = a.gate.size(0),
+    .columns = a.gate.size(1)});
+}
+
 // Pieces of rows where rows are long and few, whole rows where they are short and many.
 void silu_mul_cpu(ThreadPool* pool, const SiluMulArgs& a) {
   const int64_t T = a.gate.size(0), D = a.gate.size(1);
@@ -39,7 +55,7 @@ void silu_mul_cpu(ThreadPool* pool, const SiluMulArgs& a) {
     const auto piece = [&](const Tensor& t) {
       return t.slice(0, row, std::min(T, row + rows)).slice(1, column, std::min(D, column + columns));
     };
-    silu_mul_ref({.gate = piece(a.gate), .up = piece(a.up), .out = piece(a.out)});
+    silu_mul_piece({.gate = piece(a.gate), .up = piece(a.up), .out = piece(a.out)});
   });
 }
 

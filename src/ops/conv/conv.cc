@@ -3,10 +3,12 @@
 
 #include <algorithm>
 
+#include "ops/conv/conv_cpu.h"
+
 namespace kl {
 namespace {
 
-constexpr int64_t kElementsPerTask = 8192;  // some ten microseconds: enough to be worth waking a thread for
+constexpr int64_t kElementsPerTask = 8192;  // some microseconds: enough to be worth waking a thread for
 constexpr int64_t kMinChannels = 64;        // of a task: whole cache lines of a row
 
 void check_operand(std::string_view name, const Tensor& t, Device device) {
@@ -22,6 +24,13 @@ void check_i32(std::string_view name, const Tensor& t, int64_t n, Device device)
   check_rows(name, t);
 }
 
+// The last two dimensions lie in one piece: rows of `width` elements.
+void check_dense_rows(std::string_view name, const Tensor& t, int64_t width) {
+  check_rows(name, t);
+  KL_CHECK(t.size(-2) <= 1 || t.stride[t.rank - 2] == width, name,
+           ": expected channels in one piece, a stride of ", width, ", found ", t.stride[t.rank - 2]);
+}
+
 void check_args(const ShortConvArgs& a, Device device) {
   check_shape("short_conv: x", a.x, {-1, -1});
   const int64_t T = a.x.size(0), C = a.x.size(1);
@@ -30,7 +39,7 @@ void check_args(const ShortConvArgs& a, Device device) {
   KL_CHECK(W >= 2 && W <= 4, "short_conv: weight: expected a width of 2 to 4, found ", W);
   check_dtype("short_conv: weight", a.weight, {DType::f32});
   check_device("short_conv: weight", a.weight, device);
-  check_rows("short_conv: weight", a.weight);
+  check_dense_rows("short_conv: weight", a.weight, W);
   check_shape("short_conv: out", a.out, {T, C});
   check_operand("short_conv: x", a.x, device);
   check_operand("short_conv: out", a.out, device);
@@ -38,6 +47,7 @@ void check_args(const ShortConvArgs& a, Device device) {
   check_shape("short_conv: state", a.state, {-1, C, W - 1});
   check_dtype("short_conv: state", a.state, {DType::f32});
   check_device("short_conv: state", a.state, device);
+  check_dense_rows("short_conv: state", a.state, W - 1);
   check_shape("short_conv: cu_seqlens", a.cu_seqlens, {-1});
   const int64_t N = a.cu_seqlens.size(0) - 1;
   KL_CHECK(N >= 0, "short_conv: cu_seqlens: expected at least one element, found none");
@@ -59,17 +69,35 @@ void check_sequences(const ShortConvArgs& a) {
   }
 }
 
-// Channels do not know each other, so threads share them out and run the definition on their own.
+void conv_channels(const ShortConvArgs& a) {
+  if (a.x.dtype != DType::f32 || a.out.dtype != DType::f32) return short_conv_ref(a);
+  KL_ACTIVE_ISA(conv_channels)
+  ({.x = a.x.ptr<float>(),
+    .weight = a.weight.ptr<float>(),
+    .out = a.out.ptr<float>(),
+    .state = a.state.ptr<float>(),
+    .x_stride = a.x.stride[0],
+    .out_stride = a.out.stride[0],
+    .state_stride = a.state.stride[0],
+    .cu_seqlens = a.cu_seqlens.ptr<int32_t>(),
+    .slot = a.slot.ptr<int32_t>(),
+    .N = a.slot.size(0),
+    .channels = a.x.size(1),
+    .W = a.weight.size(1)});
+}
+
+// Channels do not know each other, so threads share them out.
 void short_conv_cpu(ThreadPool* pool, const ShortConvArgs& a) {
   const int64_t T = a.x.size(0), C = a.x.size(1);
-  const int64_t channels = std::max(kMinChannels, kElementsPerTask / std::max<int64_t>(T, 1));
+  const int64_t channels =
+      std::clamp(kElementsPerTask / std::max<int64_t>(T, 1), kMinChannels, kConvChannels);
   parallel_for(pool, C, channels, [&](int64_t begin, int64_t end) {
     ShortConvArgs part = a;
     part.x = a.x.slice(1, begin, end);
     part.weight = a.weight.slice(0, begin, end);
     part.state = a.state.slice(1, begin, end);
     part.out = a.out.slice(1, begin, end);
-    short_conv_ref(part);
+    conv_channels(part);
   });
 }
 

@@ -13,10 +13,11 @@ namespace kl {
 
 struct ShortConvArgs {
   Tensor x;           // [T, C]            f32|bf16, rows may be strided
-  Tensor weight;      // [C, W]            f32, W of 2 to 4
+  Tensor weight;      // [C, W]            f32, W of 2 to 4, contiguous
   Tensor cu_seqlens;  // [N + 1]           i32
-  Tensor
-      state;  // [slots, C, W - 1] f32, read and updated in place at slot[n]; untouched for an empty sequence
+  // [slots, C, W - 1] f32, each slot contiguous; read and updated in place at slot[n], untouched for an empty
+  // sequence and outside the slots of this call. No two sequences share a slot.
+  Tensor state;
   Tensor slot;  // [N]               i32; < 0: starts at zero, nothing is kept
   Tensor out;   // [T, C]            f32|bf16, rows may be strided; not x
 };

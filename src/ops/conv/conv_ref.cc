@@ -1,14 +1,20 @@
 // The definition of short_conv: plain loops. Taps are added in f32 from the oldest to the current, SiLU is
 // f32, the result is rounded once. Inputs pass through the state unrounded, so a sequence cut anywhere gives
 // the same bits as one in one piece. Not checked: the door in conv.cc is.
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "ops/conv/conv.h"
 
 namespace kl {
 namespace {
 
-float silu(float x) { return x / (1 + std::exp(-x)); }
+// x · sigmoid(x); 0, not NaN, where a sum has overflowed to -inf. A NaN stays one.
+float silu(float x) {
+  x = std::max(x, std::numeric_limits<float>::lowest());
+  return x / (1 + std::exp(-x));
+}
 
 // One sequence: what it has seen before its first row, and its rows.
 template <class X>

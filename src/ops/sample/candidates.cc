@@ -81,7 +81,9 @@ void keep_top_p(std::vector<Candidate>& candidates, float top_p) {
   uint64_t equals = (target + edge - 1) / edge;  // of the candidates at the edge, as many as the target needs
   std::erase_if(candidates, [&](const Candidate& c) {
     if (c.weight != edge) return c.weight < edge;
-    return equals == 0 || equals-- == 0;
+    if (equals == 0) return true;
+    --equals;
+    return false;
   });
 }
 
