@@ -61,6 +61,11 @@ inline Vec load(const float* p) { return load_bits<Vec>(p); }
 inline Vec load(const bf16* p) { return widen_bf16(load_bits<HalfVec>(p)); }
 inline Vec load(const f16* p) { return widen_f16(load_bits<HalfVec>(p)); }
 inline Vec load_part(const float* p, int64_t n) { return load_part_bits<Vec>(p, n, 4); }
+inline Vec load_part(const float* p, int64_t n, float other) {  // the other lanes hold `other`
+  Vec v = broadcast(other);
+  __builtin_memcpy(&v, p, static_cast<size_t>(4 * n));
+  return v;
+}
 inline Vec load_part(const bf16* p, int64_t n) { return widen_bf16(load_part_bits<HalfVec>(p, n, 2)); }
 inline Vec load_part(const f16* p, int64_t n) { return widen_f16(load_part_bits<HalfVec>(p, n, 2)); }
 

@@ -46,8 +46,10 @@ TEST(Vec, PartialLoadsAndStoresTouchNothingElse) {
     std::fill(out.begin(), out.end(), -1.f);
     const Vec v = load_part(in.data(), n);
     store_part(out.data(), v, n);
+    const Vec filled = load_part(in.data(), n, 7.f);
     for (int i = 0; i < kLanes; ++i) {
       EXPECT_EQ(v[i], i < n ? i + 1.f : 0.f);
+      EXPECT_EQ(filled[i], i < n ? i + 1.f : 7.f);
       EXPECT_EQ(out[i], i < n ? i + 1.f : -1.f);
     }
   }
