@@ -12,7 +12,7 @@
 namespace kl {
 namespace {
 
-constexpr int64_t kElementsPerTask = 8192;  // a few microseconds: enough to be worth waking a thread for
+constexpr int64_t kElementsPerTask = 16384;  // 5 to 10 us in f32: enough to be worth waking a thread for
 
 int64_t rows_per_task(int64_t elements_of_a_row) {
   return std::max<int64_t>(1, kElementsPerTask / elements_of_a_row);
