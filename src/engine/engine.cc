@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "model/session_file.h"
+
 namespace kl {
 
 namespace {
@@ -22,12 +24,37 @@ EngineOptions with_defaults(EngineOptions options, const Config& c) {
 }  // namespace
 
 Engine::Engine(Model model, const EngineOptions& options)
+    : Engine(std::make_shared<const Model>(std::move(model)), options) {}
+
+Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
     : model_(std::move(model)),
-      options_(with_defaults(options, model_.config)),
+      options_(with_defaults(options, model_->config)),
       pool_(options_.threads),
-      state_(model_.config, {.slots = options_.sessions,
-                             .max_tokens = options_.context,
-                             .latent_dtype = options_.latent_dtype}) {}
+      state_(model_->config, {.slots = options_.sessions,
+                              .max_tokens = options_.context,
+                              .latent_dtype = options_.latent_dtype}) {}
+
+void Engine::step(std::span<const Feed> feeds, const ForwardOptions& forward_options) {
+  Batch batch;
+  for (const Feed& feed : feeds) {
+    Session& s = *feed.session;
+    KL_CHECK(&s.engine_ == this, "engine: a session of another engine");
+    KL_CHECK(!feed.ids.empty(), "engine: no tokens for a session");
+    KL_CHECK(static_cast<int64_t>(feed.ids.size()) <= s.room(), "context is full: ", s.tokens_.size(),
+             " tokens and ", feed.ids.size(), " more do not fit ", context(), " (choose a larger context)");
+    batch.add(s.slot_, feed.ids, Batch::Logits::last);
+  }
+  if (feeds.empty()) return;
+  Ctx ctx;
+  ctx.pool = &pool_;
+  const Tensor logits = forward(ctx, *model_, batch, state_, arena_, forward_options);
+  for (size_t n = 0; n < feeds.size(); ++n) {
+    Session& s = *feeds[n].session;
+    const float* row = logits.at<float>(n);
+    s.logits_.assign(row, row + logits.size(1));
+    s.tokens_.insert(s.tokens_.end(), feeds[n].ids.begin(), feeds[n].ids.end());
+  }
+}
 
 Session::Session(Engine& engine) : engine_(engine), slot_(engine.state_.open()) {}
 Session::~Session() { engine_.state_.close(slot_); }
@@ -37,26 +64,19 @@ void Session::feed(std::span<const int32_t> ids, const std::function<void(Progre
   const auto total = static_cast<int64_t>(ids.size());
   KL_CHECK(total <= room(), "context is full: ", tokens_.size(), " tokens and ", total, " more do not fit ",
            engine_.context(), " (choose a larger context)");
-  Ctx ctx;
-  ctx.pool = &engine_.pool_;
   for (int64_t done = 0; done < total;) {
     if (stop && stop->load()) return;
     const int64_t n = std::min<int64_t>(total - done, engine_.options_.prefill_chunk);
-    const std::span<const int32_t> chunk = ids.subspan(static_cast<size_t>(done), static_cast<size_t>(n));
-    Batch batch;
-    batch.add(slot_, chunk, Batch::Logits::last);
     ForwardOptions options;
     if (on_progress) {
-      const double layers = engine_.model_.config.num_hidden_layers;
-      options.on_layer = [&](int layer) {
+      const double layers = engine_.model().config.num_hidden_layers;
+      options.on_layer = [&on_progress, done, n, total, layers](int layer) {
         on_progress({static_cast<double>(done) + static_cast<double>(n) * layer / layers, total});
       };
     }
-    const Tensor logits = forward(ctx, engine_.model_, batch, engine_.state_, engine_.arena_, options);
+    const Feed chunk = {this, ids.subspan(static_cast<size_t>(done), static_cast<size_t>(n))};
+    engine_.step({&chunk, 1}, options);
     done += n;
-    const float* row = logits.ptr<float>();
-    logits_.assign(row, row + logits.size(1));
-    tokens_.insert(tokens_.end(), chunk.begin(), chunk.end());
   }
 }
 
@@ -76,6 +96,16 @@ void Session::copy_from(const Session& other) {
 int64_t Session::room() const { return engine_.context() - static_cast<int64_t>(tokens_.size()); }
 
 StateBytes Session::bytes() const { return engine_.state_.bytes(slot_); }
+
+void Session::save(const std::string& path) const {
+  write_session_file(path, engine_.model(), engine_.state_, slot_, tokens_, logits_);
+}
+
+void Session::restore(const std::string& path) {
+  SavedSequence saved = read_session_file(path, engine_.model(), engine_.state_, slot_);
+  tokens_ = std::move(saved.tokens);
+  logits_ = std::move(saved.logits);
+}
 
 GenerateResult generate(Session& session, Sampler& sampler, const GenerateOptions& options,
                         const std::function<void(int32_t)>& on_token) {

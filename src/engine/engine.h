@@ -24,19 +24,31 @@ struct EngineOptions {
 
 class Session;
 
+// New tokens of one session.
+struct Feed {
+  Session* session;
+  std::span<const int32_t> ids;
+};
+
 // A model and everything its sessions share. One forward pass at a time.
 class Engine {
  public:
   Engine(Model model, const EngineOptions&);
+  // Several engines over the same weights.
+  Engine(std::shared_ptr<const Model> model, const EngineOptions&);
 
-  const Model& model() const { return model_; }
+  // One forward pass over different sessions of this engine, at least one token each; afterwards the logits
+  // of each session are those after its last token. Throws kl::Error, changing nothing, if one does not fit.
+  void step(std::span<const Feed>, const ForwardOptions& = {});
+
+  const Model& model() const { return *model_; }
   const EngineOptions& options() const { return options_; }  // with the defaults filled in
   int64_t context() const { return options_.context; }
   size_t activation_bytes() const { return arena_.peak(); }
 
  private:
   friend class Session;
-  Model model_;
+  std::shared_ptr<const Model> model_;
   EngineOptions options_;
   ThreadPool pool_;
   Arena arena_;
@@ -70,7 +82,13 @@ class Session {
   void copy_from(const Session& other);  // of the same engine
   StateBytes bytes() const;
 
+  // A session file (model/session_file.h). Both throw kl::Error; a session that cannot be restored stays what
+  // it was.
+  void save(const std::string& path) const;
+  void restore(const std::string& path);
+
  private:
+  friend class Engine;
   Engine& engine_;
   int slot_;
   std::vector<int32_t> tokens_;

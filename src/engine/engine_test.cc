@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "testing/golden.h"
+#include "testing/tiny_checkpoint.h"
 
 namespace kl {
 namespace {
@@ -110,6 +111,51 @@ TEST(Engine, CopiedSessionsGoSeparateWays) {
   const std::vector<int32_t> first = generate_greedy(a, {.max_tokens = 10});
   EXPECT_EQ(generate_greedy(b, {.max_tokens = 10}), first);
   EXPECT_EQ(a.bytes().total(), b.bytes().total());
+}
+
+TEST(Engine, SavedSessionsGoOnAsIfTheyHadNotBeen) {
+  const testing::TemporaryFolder folder;
+  const std::string path = folder.path() + "/session";
+  Engine engine = make_engine({.context = 256});
+  Session kept(engine);
+  EXPECT_THROW(kept.save(path), Error);  // nothing to save yet
+  kept.feed(golden("prose_129")["ids"].get<std::vector<int32_t>>());
+  kept.save(path);
+  Engine another = make_engine({.threads = 1, .context = 160});
+  Session restored(another);
+  restored.restore(path);
+  EXPECT_EQ(restored.tokens(), kept.tokens());
+  EXPECT_EQ(restored.room(), 160 - 129);
+  EXPECT_EQ(generate_greedy(restored, {.max_tokens = 20}), generate_greedy(kept, {.max_tokens = 20}));
+  EXPECT_TRUE(std::equal(kept.logits().begin(), kept.logits().end(), restored.logits().begin()));
+
+  Engine narrow = make_engine({.context = 128});
+  Session untouched(narrow);
+  untouched.feed(std::vector<int32_t>{1, 2, 3});
+  EXPECT_THROW(untouched.restore(path), Error);
+  EXPECT_EQ(untouched.tokens(), (std::vector<int32_t>{1, 2, 3}));
+}
+
+TEST(Engine, SessionsOfOneStepDoNotSeeEachOther) {
+  Engine engine = make_engine({.context = 256, .sessions = 2});
+  Engine alone = make_engine({.context = 256});
+  const auto a = golden("prose")["ids"].get<std::vector<int32_t>>(),
+             b = golden("passkey")["ids"].get<std::vector<int32_t>>();
+  const auto begin = [](const std::vector<int32_t>& ids, size_t n) { return std::span(ids).first(n); };
+  Session x(engine), y(engine);
+  const std::vector<Feed> both = {{&x, begin(a, 12)}, {&y, begin(b, 40)}};
+  engine.step(both);
+  for (const auto& [session, ids] : both) {
+    Session single(alone);
+    single.feed(ids);
+    EXPECT_EQ(session->tokens(), single.tokens());
+    EXPECT_TRUE(std::equal(single.logits().begin(), single.logits().end(), session->logits().begin()));
+  }
+  const std::vector<Feed> too_long = {{&x, begin(a, 3)}, {&y, begin(b, 217)}};
+  EXPECT_THROW(engine.step(too_long), Error);
+  EXPECT_EQ(x.tokens().size(), 12u);  // nothing has happened
+  const std::vector<Feed> stranger = {{&x, {}}};
+  EXPECT_THROW(engine.step(stranger), Error);
 }
 
 TEST(Engine, CancellationKeepsWhatWasGenerated) {

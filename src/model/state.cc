@@ -119,6 +119,27 @@ void State::copy(int from, int to) {
 int64_t State::length(int slot) const { return sequence(slot).length; }
 const std::vector<int32_t>& State::pages(int slot) const { return sequence(slot).pages; }
 
+std::vector<std::span<std::byte>> State::memory(int slot) const {
+  const Sequence& s = sequence(slot);
+  std::vector<std::span<std::byte>> parts;
+  const auto add = [&](const Tensor& t) {
+    parts.emplace_back(static_cast<std::byte*>(t.data), static_cast<size_t>(t.bytes()));
+  };
+  for (const Layer& layer : layers_) {
+    if (layer.kda.tensor) {
+      add(layer.kda.tensor[slot]);
+      for (int i = 0; i < 3; ++i) add(layer.conv.tensor[i][slot]);
+      continue;
+    }
+    for (int64_t first = 0; first < s.length; first += options_.page_size) {
+      const int32_t page = s.pages[static_cast<size_t>(first / options_.page_size)];
+      const int64_t rows = std::min<int64_t>(options_.page_size, s.length - first);
+      add(layer.latent.tensor[page].slice(0, 0, rows));
+    }
+  }
+  return parts;
+}
+
 StateBytes State::bytes(int slot) const {
   return state_bytes(config_, static_cast<int64_t>(sequence(slot).pages.size()) * options_.page_size,
                      options_);

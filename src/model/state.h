@@ -4,7 +4,9 @@
 // time that can be copied or restored, never rewound. An MLA layer keeps a latent row per token, in pages.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "base/buffer.h"
@@ -51,6 +53,9 @@ class State {
   void reserve(int slot, int64_t tokens);
   void advance(int slot, int64_t tokens);  // after a forward pass has written them
   const std::vector<int32_t>& pages(int slot) const;
+  // The bytes that make up a sequence, layer by layer: a KDA state and three convolution states, or the
+  // latent rows in use. With the same length, another slot's have the same sizes in the same order.
+  std::vector<std::span<std::byte>> memory(int slot) const;
 
   // Memory of layer i (counted from 0), for the operators.
   Tensor kda(int layer) const {
