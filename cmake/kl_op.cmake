@@ -98,9 +98,10 @@ function(kl_folder folder)
   endif()
 endfunction()
 
-# An operator: a folder of src/ops, which may use the ground floor, the SIMD and the CUDA toolbox.
+# An operator: a folder of src/ops, which may use the ground floor, the SIMD and the CUDA toolbox, and what else of
+# that floor it names: kl_op(delta_net recurrence).
 function(kl_op name)
-  kl_folder(ops/${name} DEPENDS base simd cuda)
+  kl_folder(ops/${name} DEPENDS base simd cuda ${ARGN})
 endfunction()
 
 # kl_tests: every x_test.cc of every folder.
