@@ -1,10 +1,15 @@
 // Strings <-> token ids: Kimi's rank file, its split pattern and its special tokens.
+//
+// A text is any bytes. Where they are not UTF-8 they are encoded as they are, so that the bytes of encode()'s
+// ids, joined, are always the text; decode() then shows U+FFFD in their place. How the well-formed rest is
+// cut does not change, except that an ill-formed part counts as a symbol.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -15,13 +20,17 @@ class Tokenizer {
  public:
   // Reads tiktoken.model and tokenizer_config.json of a checkpoint directory. Ids 0 .. n-1 are the n ranks, n
   // .. vocab_size-1 the special ids: named by added_tokens_decoder, otherwise "<|reserved_token_{id}|>".
-  // Throws kl::Error naming the file and line.
+  // Throws kl::Error naming the file and line. Names of ids from vocab_size on are ignored: Kimi's file has
+  // two that the embedding has no rows for.
   static Tokenizer load(const std::string& directory, int vocab_size);
-  // The same from memory: the rank file's text, and names of special ids.
+  // The same from memory: the rank file's text, names of special ids, and which of these are flagged
+  // "special": false.
   static Tokenizer from_memory(std::string_view rank_file,
-                               const std::map<int32_t, std::string>& special_names, int vocab_size);
+                               const std::map<int32_t, std::string>& special_names, int vocab_size,
+                               const std::set<int32_t>& kept = {});
 
   // Special strings in `text` become their ids only with `parse_special`; otherwise they are ordinary text.
+  // Any thread may encode and decode at any time.
   std::vector<int32_t> encode(std::string_view text, bool parse_special = false) const;
   void encode_append(std::string_view text, bool parse_special, std::vector<int32_t>& ids) const;
 
@@ -31,7 +40,10 @@ class Tokenizer {
   // Bytes of one id; a special id gives its name.
   std::string_view bytes_of(int32_t id) const;
 
-  bool is_special(int32_t id) const;
+  bool is_special(int32_t id) const;  // not a rank
+  // What skip_special leaves out: the special ids but those flagged "special": false (Kimi's tool tokens),
+  // which whoever reads the text needs to see.
+  bool is_skipped(int32_t id) const;
   std::optional<int32_t> special_id(std::string_view name) const;  // "[BOS]", "<|im_end|>", ...
   int vocab_size() const;
   int ranks() const;
