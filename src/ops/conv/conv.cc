@@ -98,7 +98,9 @@ ShortConvArgs channels_of(const ShortConvArgs& a, int64_t begin, int64_t end) {
 // Channels do not know each other, so threads share them out.
 void short_conv_cpu(ThreadPool* pool, const ShortConvArgs& a) {
   const int64_t T = a.x.size(0), C = a.x.size(1);
-  const int64_t channels = std::max(kMinChannels, kElementsPerTask / std::max<int64_t>(T, 1));
+  // Whole vectors: how a channel's bits come out must not depend on where the tokens of others make a cut.
+  const int64_t wanted = kElementsPerTask / std::max<int64_t>(T, 1) / kMinChannels * kMinChannels;
+  const int64_t channels = std::max(kMinChannels, wanted);
   parallel_for(pool, C, channels, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; c += kConvChannels)
       conv_channels(channels_of(a, c, std::min(end, c + kConvChannels)));
