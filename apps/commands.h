@@ -1,4 +1,4 @@
-// The subcommands of `kimi-linear`: their options, filled from the command line by kimi_linear.cc, and their
+// The subcommands of `kimi-linear`: their options, filled from the command line by *_options.cc, and their
 // entry points. A command returns its exit code; it throws kl::Error for everything that the user should
 // read.
 #pragma once
@@ -39,6 +39,7 @@ struct RunOptions {
   std::string prompt_file;
   std::string system;
   std::string ids;
+  std::string session, save_session;  // files; "": none
   bool raw = false, print_ids = false, special = false, quiet = false;
 };
 int run(const RunOptions&);
@@ -75,5 +76,13 @@ struct LogitsOptions {
   bool hidden = false;
 };
 int logits(const LogitsOptions&);
+
+struct VerifyOptions {
+  ModelOptions model;
+  int tokens = 256, steps = 16;
+  double tolerance = 1e-4;
+  uint64_t seed = 1;
+};
+int verify(const VerifyOptions&);
 
 }  // namespace kl::app

@@ -48,13 +48,15 @@ Model open_model(const ModelOptions& options) {
   return model;
 }
 
+EngineOptions engine_options(const ModelOptions& options) {
+  return {.threads = options.threads,
+          .context = options.context,
+          .prefill_chunk = options.batch,
+          .latent_dtype = options.cache_type == "bf16" ? DType::bf16 : DType::f32};
+}
+
 std::unique_ptr<Engine> open_engine(const ModelOptions& options) {
-  return std::make_unique<Engine>(
-      open_model(options),
-      EngineOptions{.threads = options.threads,
-                    .context = options.context,
-                    .prefill_chunk = options.batch,
-                    .latent_dtype = options.cache_type == "bf16" ? DType::bf16 : DType::f32});
+  return std::make_unique<Engine>(open_model(options), engine_options(options));
 }
 
 std::optional<Tokenizer> find_tokenizer(const std::string& directory, int vocab_size) {

@@ -14,6 +14,7 @@ namespace kl::app {
 // `-m` resolved with this process's environment.
 std::string model_directory(const std::string& model);
 Model open_model(const ModelOptions&);
+EngineOptions engine_options(const ModelOptions&);
 std::unique_ptr<Engine> open_engine(const ModelOptions&);
 
 // The tokenizer of a directory; nullopt if the directory has none.

@@ -119,6 +119,83 @@ class Run(unittest.TestCase):
             self.assertIn("someone/other", result.stderr)
 
 
+class Sessions(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "a.session")
+        self.start = ["run", "-m", DEMO, "--temp", "0", "--print-ids"]
+
+    def test_another_process_goes_on_with_the_same_tokens(self):
+        prompt = ["--ids", " ".join(map(str, golden()["prose"]["ids"]))]
+        whole = run(*self.start, *prompt, "-n", "24").stdout.split()
+        self.assertEqual(len(whole), 24)
+        for cut in (0, 1, 9):
+            first = run(*self.start, *prompt, "-n", str(cut), "--save-session", self.path)
+            self.assertEqual((first.returncode, first.stderr), (0, ""))
+            rest = run(*self.start, "--session", self.path, "-n", str(24 - cut), "-t", "1", "-c", "4096")
+            self.assertEqual(first.stdout.split() + rest.stdout.split(), whole, rest.stderr)
+        # Going on leaves the file as it is; saving again moves it forward.
+        run(*self.start, "--session", self.path, "-n", "5", "--save-session", self.path)
+        rest = run(*self.start, "--session", self.path, "-n", "10")
+        self.assertEqual(rest.stdout.split(), whole[14:])
+
+    def test_a_conversation_goes_on(self):
+        say = ["run", "-m", DEMO, "--temp", "0"]
+        first = run(*say, "--save-session", self.path, "What does music mean?")
+        second = run(*say, "--session", self.path, "And gravity?")
+        self.assertEqual((second.returncode, second.stderr), (0, ""))
+        chat = run("chat", "-m", DEMO, "--temp", "0", stdin="What does music mean?\nAnd gravity?\n")
+        self.assertEqual(first.stdout + second.stdout, chat.stdout)
+        self.assertEqual(run(*say, "--session", self.path, "--system", "x", "y").returncode, 1)
+
+    def test_what_is_wrong_with_a_file_is_said(self):
+        run(*self.start, "--ids", "1 2 3 4 5", "-n", "0", "--save-session", self.path)
+        with open(self.path, "rb") as file:
+            good = file.read()
+        self.assertEqual([name for name in os.listdir(os.path.dirname(self.path))], ["a.session"])
+
+        def refused(content, message, *flags):
+            with open(self.path, "wb") as file:
+                file.write(content)
+            result = run(*self.start, "--session", self.path, "-n", "1", *flags)
+            self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+            self.assertIn(message, result.stderr)
+            self.assertIn(self.path, result.stderr)
+
+        refused(good[:-1], "cut")
+        refused(good[:100], "cut")
+        refused(b"", "not a session file")
+        refused(b"x" * 1000, "not a session file")
+        refused(good[:8] + b"\x07" + good[9:], "version 7, expected 1")
+        refused(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:], "checksum")
+        refused(good, "16", "--cache-type", "bf16")
+        refused(good, "context", "-c", "4")
+        refused(good, "another model", "--hf-compat-router")
+        self.assertEqual(run(*self.start, "--session", self.path, "-n", "1").returncode, 0)
+
+    def test_a_session_that_cannot_be_written_is_an_error(self):
+        result = run(*self.start, "--ids", "1", "-n", "1", "--save-session", "/no/such/folder/x")
+        self.assertEqual(result.returncode, 1)
+        self.assertIn("/no/such/folder/x", result.stderr)
+
+
+class Verify(unittest.TestCase):
+    def test_the_demo_keeps_every_promise(self):
+        for flags in ([], ["--cache-type", "bf16", "-t", "3"]):
+            result = run("verify", "-m", DEMO, "-n", "100", "--steps", "3", *flags)
+            self.assertEqual((result.returncode, result.stderr), (0, ""), result.stdout)
+            verdicts = result.stdout.split("\n")[1:-1]
+            self.assertEqual([v.split("  ")[0] for v in verdicts], ["ok"] * 5)
+            for promise in ("warm = cold", "chunked = whole", "batched = alone", "saved = kept", "threads = one"):
+                self.assertIn(promise, result.stdout)
+
+    def test_a_promise_that_is_not_kept_is_exit_code_1(self):
+        result = run("verify", "-m", DEMO, "-n", "100", "--steps", "3", "--tolerance", "1e-12")
+        self.assertEqual(result.returncode, 1)
+        self.assertEqual(result.stdout.count("FAIL"), 1)
+
+
 class Errors(unittest.TestCase):
     def test_usage_errors_exit_with_2(self):
         for arguments in ([], ["nonsense"], ["run"], ["run", "-m", DEMO, "--no-such-flag", "x"], ["run", "-m", DEMO, "-t", "x", "y"],

@@ -1,0 +1,257 @@
+// kimi-linear verify: the engine's promises, tried on the user's own checkpoint.
+//
+//   warm = cold       memory that was used before and a copied prefix: the same bits as a fresh start
+//   chunked = whole   a prompt in pieces: the same up to rounding (short pieces take another algorithm)
+//   batched = alone   sequences computed together: the same bits as each by itself
+//   saved = kept      a session written to disk and read by another engine: the same bits
+//   threads = one     any number of threads: the same bits
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+
+#include "commands.h"
+#include "load.h"
+#include "sample_text.h"
+#include "terminal.h"
+
+namespace kl::app {
+
+namespace {
+
+using Ids = std::span<const int32_t>;
+using Rows = std::vector<std::vector<float>>;  // logits after a prompt and after each token behind it
+
+void add_row(Rows& rows, const Session& session) {
+  rows.emplace_back(session.logits().begin(), session.logits().end());
+}
+
+// Feeds tokens one by one.
+void follow(Session& session, Ids tokens, Rows& rows) {
+  add_row(rows, session);
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    session.feed(tokens.subspan(i, 1));
+    add_row(rows, session);
+  }
+}
+
+struct Difference {
+  bool identical = true;
+  double median = 0, worst = 0;  // of the rows: root mean square of the difference over that of the logits
+};
+
+Difference compare(const Rows& a, const Rows& b) {
+  KL_CHECK(a.size() == b.size(), "verify: ", a.size(), " rows against ", b.size());
+  Difference d;
+  std::vector<double> rows;
+  for (size_t i = 0; i < a.size(); ++i) {
+    double error = 0, norm = 0;
+    for (size_t j = 0; j < a[i].size(); ++j) {
+      const double x = a[i][j], y = b[i][j];
+      error += (x - y) * (x - y), norm += y * y;
+    }
+    const bool same = a[i] == b[i];  // not so if a value is not a number
+    d.identical &= same;
+    rows.push_back(same ? 0 : norm > 0 ? std::sqrt(error / norm) : HUGE_VAL);
+    if (std::isnan(rows.back())) rows.back() = HUGE_VAL;
+  }
+  std::sort(rows.begin(), rows.end());
+  d.median = rows[rows.size() / 2], d.worst = rows.back();
+  return d;
+}
+
+class Verification {
+ public:
+  Verification(const VerifyOptions& options, std::shared_ptr<const Model> model, Ids prompt, Ids rest)
+      : options_(options), model_(std::move(model)), prompt_(prompt), rest_(rest) {
+    base_ = engine_options(options.model);
+    base_.context = static_cast<int64_t>(prompt.size() + rest.size());
+  }
+
+  Difference warm_and_cold() const {
+    const size_t half = prompt_.size() / 2;
+    Engine cold = engine(), warm = engine([](EngineOptions&o) { o.sessions = 2; });
+    Rows expected, found;
+    {
+      Session session(cold);
+      session.feed(prompt_.first(half));
+      session.feed(prompt_.subspan(half));
+      follow(session, rest_, expected);
+    }
+    const std::vector<int32_t> other(prompt_.rbegin(), prompt_.rend());
+    Session prefix(warm), session(warm);
+    prefix.feed(other), session.feed(other);
+    prefix.reset();
+    prefix.feed(prompt_.first(half));
+    session.copy_from(prefix);
+    prefix.feed(prompt_.first(1));  // the copy does not notice
+    session.feed(prompt_.subspan(half));
+    follow(session, rest_, found);
+    return compare(found, expected);
+  }
+
+  Difference chunked_and_whole() const {
+    const auto length = static_cast<int>(prompt_.size());
+    Rows expected, found, whole;
+    {
+      Engine e = engine([&](EngineOptions& o) { o.prefill_chunk = length; });
+      Session session(e);
+      session.feed(prompt_);
+      follow(session, rest_, whole);
+    }
+    for (const int chunk : {7, 61, length / 2 + 1}) {
+      Engine e = engine([&](EngineOptions& o) { o.prefill_chunk = chunk; });
+      Session session(e);
+      session.feed(prompt_);
+      follow(session, rest_, found);
+      expected.insert(expected.end(), whole.begin(), whole.end());
+    }
+    return compare(found, expected);
+  }
+
+  Difference batched_and_alone() const {
+    // Prompts of different lengths, each past what would change its algorithm.
+    const std::vector<Ids> prompts = {prompt_, prompt_.first(prompt_.size() / 2), prompt_.subspan(1),
+                                      prompt_.last(prompt_.size() / 3 + 9)};
+    Rows expected, found;
+    Engine together = engine([&](EngineOptions&o) { o.sessions = static_cast<int>(prompts.size()); }),
+           alone = engine([&](EngineOptions&o) { o.prefill_chunk = static_cast<int>(prompt_.size()); });
+    std::vector<std::unique_ptr<Session>> sessions;
+    std::vector<Feed> feeds;
+    for (const Ids ids : prompts) {
+      sessions.push_back(std::make_unique<Session>(together));
+      feeds.push_back({sessions.back().get(), ids});
+    }
+    for (size_t i = 0; i <= rest_.size(); ++i) {
+      together.step(feeds);
+      for (Feed& feed : feeds) {
+        add_row(found, *feed.session);
+        if (i < rest_.size()) feed.ids = rest_.subspan(i, 1);
+      }
+    }
+    Rows one;
+    for (const Ids ids : prompts) {
+      Session session(alone);
+      session.feed(ids);
+      follow(session, rest_, one);
+    }
+    for (size_t i = 0; i <= rest_.size(); ++i) {  // the order of the batch: step by step
+      for (size_t n = 0; n < prompts.size(); ++n) expected.push_back(one[n * (rest_.size() + 1) + i]);
+    }
+    return compare(found, expected);
+  }
+
+  Difference saved_and_kept() const {
+    std::string path = (std::filesystem::temp_directory_path() / "kimi-linear-verify-XXXXXX").string();
+    const int fd = mkstemp(path.data());
+    KL_CHECK(fd >= 0, "cannot make a temporary file ", path);
+    close(fd);
+    Rows expected, found;
+    try {
+      Engine one = engine(), another = engine();
+      Session kept(one), saved(another);
+      kept.feed(prompt_);
+      kept.save(path);
+      saved.restore(path);
+      follow(kept, rest_, expected);
+      follow(saved, rest_, found);
+    } catch (...) {
+      unlink(path.c_str());
+      throw;
+    }
+    unlink(path.c_str());
+    return compare(found, expected);
+  }
+
+  Difference threads_and_one() const {
+    Rows rows[2];
+    for (const int i : {0, 1}) {
+      Engine e = engine([&](EngineOptions& o) { o.threads = i == 0 ? std::max(2, several_threads()) : 1; });
+      Session session(e);
+      session.feed(prompt_);
+      follow(session, rest_, rows[i]);
+    }
+    return compare(rows[0], rows[1]);
+  }
+
+ private:
+  int several_threads() const {
+    return options_.model.threads > 0 ? options_.model.threads : available_processors();
+  }
+  template <class Change = void (*)(EngineOptions&)>
+  Engine engine(Change change = [](EngineOptions&) {}) const {
+    EngineOptions o = base_;
+    change(o);
+    return Engine(model_, o);
+  }
+
+  const VerifyOptions& options_;
+  std::shared_ptr<const Model> model_;
+  Ids prompt_, rest_;
+  EngineOptions base_;
+};
+
+std::string scientific(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.1e", value);
+  return text;
+}
+
+std::string padded(std::string text, size_t width) {
+  text.resize(std::max(text.size() + 1, width), ' ');
+  return text;
+}
+
+// Prints the verdict; true if it is good. Tolerance 0: the same bits.
+bool report(const char* name, const Difference& d, double tolerance) {
+  const bool good = d.identical || (tolerance > 0 && d.median <= tolerance);
+  const std::string found =
+      d.identical ? "the same bits"
+                  : cat("differs by ", scientific(d.median), " (worst row ", scientific(d.worst), ")");
+  const std::string wanted = tolerance > 0 ? "at most " + scientific(tolerance) : "the same bits";
+  print(padded(good ? "ok" : "FAIL", 6) + padded(name, 18) + padded(found, 42) + "expected: " + wanted +
+        "\n");
+  return good;
+}
+
+}  // namespace
+
+int verify(const VerifyOptions& options) {
+  const auto model = std::make_shared<const Model>(open_model(options.model));
+  const std::optional<Tokenizer> tokenizer =
+      find_tokenizer(model->checkpoint.directory(), model->config.vocab_size);
+  const int64_t prompt = options.tokens, rest = options.steps;
+  const std::vector<int32_t> ids =
+      sample_ids(tokenizer ? &*tokenizer : nullptr, model->config.vocab_size, prompt + rest, options.seed);
+  const Ids all(ids);
+  const Verification v(options, model, all.first(static_cast<size_t>(prompt)),
+                       all.subspan(static_cast<size_t>(prompt)));
+  const struct {
+    const char* name;
+    Difference (Verification::*run)() const;
+    double tolerance;
+  } checks[] = {{"warm = cold", &Verification::warm_and_cold, 0},
+                {"chunked = whole", &Verification::chunked_and_whole, options.tolerance},
+                {"batched = alone", &Verification::batched_and_alone, 0},
+                {"saved = kept", &Verification::saved_and_kept, 0},
+                {"threads = one", &Verification::threads_and_one, 0}};
+  print(cat("Logits after ", prompt, " tokens of ", tokenizer ? "text" : "random ids", " and after each of ",
+            rest, " that follow\n"));
+  bool good = true;
+  double done = 0;
+  for (const auto& check : checks) {
+    KL_CHECK(!interrupted, "interrupted");
+    Difference d;
+    {
+      Progress progress(check.name, "checks");
+      progress.update(done++, std::size(checks));
+      d = (v.*check.run)();
+    }
+    good &= report(check.name, d, check.tolerance);
+  }
+  return good ? 0 : 1;
+}
+
+}  // namespace kl::app
