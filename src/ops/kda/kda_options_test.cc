@@ -45,6 +45,37 @@ TEST(KdaOptions, StridedRowsGiveTheSameBits) {
   }
 }
 
+// Value head h reads query/key head h / (Hv / H): the results are those of q and k repeated for every value
+// head.
+TEST(KdaOptions, ValueHeadsShareQueryAndKeyHeadsInOrder) {
+  KdaProblem problem({.lengths = {40, 30}, .H = 2, .Hv = 6, .K = 24, .V = 40}, 14);
+  const KdaArgs shared = problem.args;
+  const OwnedTensor q = make_tensor(DType::f32, {70, 6, 24}), k = make_tensor(DType::f32, {70, 6, 24});
+  for (int64_t t = 0; t < 70; ++t)
+    for (int64_t head = 0; head < 6; ++head) {
+      std::copy_n(shared.q.at<float>(t, head / 3), 24, q.tensor.at<float>(t, head));
+      std::copy_n(shared.k.at<float>(t, head / 3), 24, k.tensor.at<float>(t, head));
+    }
+  for (const auto kda : {prefill, decode, recurrence_f64}) {
+    problem.args.q = shared.q, problem.args.k = shared.k;
+    const KdaResult a = problem.run(kda);
+    problem.args.q = q.tensor, problem.args.k = k.tensor;
+    const KdaResult b = problem.run(kda);
+    EXPECT_TRUE(same_bits(a.out.tensor, b.out.tensor));
+    EXPECT_TRUE(same_bits(a.state.tensor, b.state.tensor));
+  }
+}
+
+TEST(KdaOptions, SequenceBoundsOfEitherType) {
+  KdaProblem problem({.lengths = {40, 0, 30}}, 15);
+  const KdaResult i32 = problem.run(prefill);
+  std::vector<int64_t> cu = {0, 40, 40, 70};
+  problem.args.cu_seqlens = Tensor(cu.data(), DType::i64, {4});
+  const KdaResult i64 = problem.run(prefill);
+  EXPECT_TRUE(same_bits(i32.out.tensor, i64.out.tensor));
+  EXPECT_TRUE(same_bits(i32.state.tensor, i64.state.tensor));
+}
+
 // A pool [slots, Hv, V, K] holds the transposed states; arithmetic does not change.
 TEST(KdaOptions, ValueFirstStatesAreTheTransposedOnes) {
   const KdaProblem problem({.lengths = {40, 70}, .Hv = 2, .K = 24, .V = 40}, 9);

@@ -43,7 +43,8 @@ std::vector<int64_t> any_lengths() {
   for (int64_t& length : lengths) length = draw(0, 1) ? draw(0, 100) : draw(0, 3) * 16;
   return lengths;
 }
-Kda any_kda() { return *rc::gen::element<Kda>(prefill, decode, recurrence_f64); }
+constexpr Kda kAll[] = {prefill, decode, recurrence_f64};
+Kda any_kda() { return kAll[draw(0, 2)]; }  // drawn by number: rapidcheck cannot print a function
 
 // The first call on rows [0, split) takes a sequence's state from its slot and leaves it there for the
 // second.
@@ -172,17 +173,18 @@ RC_GTEST_PROP(KdaState, CheckpointsAreFinalStatesOfPrefixes, ()) {
       kda(a);
     });
     const Tensor state = larger.tensor[extra + m];
-    if (slots.values[i] < 0)
+    if (slots.values[i] < 0) {
       RC_ASSERT(std::isnan(*state.at<float>(0, 0, 0)));
-    else
+    } else {
       RC_ASSERT(same_bits(state, prefix.state.tensor[problem.slot_of(n)]));
+    }
   }
 }
 
 TEST(KdaState, NegativeSlotLeavesThePoolUntouched) {
   const KdaProblem problem({.lengths = {5, 70}, .K = 8, .V = 8}, 1);
   KdaIndices none{{-1, -1}};
-  for (const Kda kda : {prefill, decode, recurrence_f64}) {
+  for (const Kda kda : kAll) {
     const KdaResult found = problem.run([&](KdaArgs args) {
       args.slot = none.tensor();
       kda(args);
@@ -195,7 +197,7 @@ TEST(KdaState, NegativeSlotLeavesThePoolUntouched) {
 TEST(KdaState, WithoutAPoolNothingIsKept) {
   const KdaProblem problem({.lengths = {5, 70}, .K = 8, .V = 8}, 1);
   KdaIndices none{{-1, -1}};
-  for (const Kda kda : {prefill, decode, recurrence_f64}) {
+  for (const Kda kda : kAll) {
     const auto without = [&](bool pool) {
       return problem.run([&](KdaArgs args) {
         args.slot = none.tensor();
@@ -214,7 +216,7 @@ TEST(KdaState, SlotOutKeepsTheInitialState) {
                 zeroed = problem.slot_of(2);
   KdaIndices slot{{shared, shared, -1, shared}}, slot_out{{-1, copied, zeroed, out}},
       in_place{{-1, -1, -1, shared}};
-  for (const Kda kda : {prefill, decode, recurrence_f64}) {
+  for (const Kda kda : kAll) {
     const KdaResult found = problem.run([&](KdaArgs args) {
       args.slot = slot.tensor(), args.slot_out = slot_out.tensor();
       kda(args);
@@ -236,7 +238,7 @@ TEST(KdaState, SlotOutKeepsTheInitialState) {
 // A sequence without tokens keeps the bits of its state, NaN garbage included.
 TEST(KdaState, EmptySequenceKeepsItsBits) {
   const KdaProblem problem({.lengths = {0, 3}, .K = 8, .V = 8}, 3);
-  for (const Kda kda : {prefill, decode, recurrence_f64}) {
+  for (const Kda kda : kAll) {
     const KdaResult found = problem.run([&](const KdaArgs& args) {
       const uint32_t signalling = 0x7fa12345u;
       std::memcpy(args.state[problem.slot_of(0)].data, &signalling, sizeof signalling);
@@ -250,7 +252,7 @@ TEST(KdaState, EmptySequenceKeepsItsBits) {
 
 TEST(KdaState, NothingToDo) {
   const KdaProblem empty({.lengths = {}}, 4), no_tokens({.lengths = {0, 0}}, 4);
-  for (const Kda kda : {prefill, decode, recurrence_f64}) {
+  for (const Kda kda : kAll) {
     EXPECT_TRUE(same_bits(empty.run(kda).state.tensor, empty.pool()));
     EXPECT_TRUE(same_bits(no_tokens.run(kda).state.tensor, no_tokens.pool()));
   }
