@@ -21,14 +21,48 @@
 
 namespace kl::cuda {
 
+// What kernels are chosen and sized by. Read once per device and kept.
+struct DeviceInfo {
+  int arch = 0;  // compute capability, 90 for 9.0
+  int multiprocessors = 0;
+  size_t max_smem = 0;  // dynamic shared memory one block can ask for
+  size_t l2_bytes = 0;
+};
+
+inline DeviceInfo query_device(int device) {
+  const auto attribute = [&](cudaDeviceAttr a) {
+    int value = 0;
+    KL_CUDA_CHECK(cudaDeviceGetAttribute(&value, a, device), "reading attribute ", static_cast<int>(a),
+                  " of CUDA device ", device);
+    return value;
+  };
+  DeviceInfo info;
+  info.arch =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  info.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
+  info.max_smem = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
+  info.l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize));
+  return info;
+}
+
+// The calling thread's current device.
+inline const DeviceInfo& current_device() {
+  static thread_local int known = -1;
+  static thread_local DeviceInfo info;
+  int device = 0;
+  KL_CUDA_CHECK(cudaGetDevice(&device), "finding the current CUDA device");
+  if (device != known) info = query_device(device), known = device;
+  return info;
+}
+
 struct LaunchConfig {
   dim3 grid;
   dim3 block;
   size_t smem = 0;  // dynamic shared memory, bytes
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;  // blocks of a cluster along x (sm_90 and up)
-  // The kernel may start while its predecessor in the stream still runs, and waits for it itself with
-  // wait_for_previous_kernel() (sm_90 and up).
+  // The kernel may be brought in while its predecessor in the stream still runs; it must begin with
+  // follow_previous_kernel(). Without effect below sm_90.
   bool overlap_previous = false;
 };
 
@@ -71,7 +105,7 @@ void launch(void (*kernel)(Params...), const LaunchConfig& c, Args&&... args) {
     a.id = cudaLaunchAttributeClusterDimension;
     a.val.clusterDim = {c.cluster, 1, 1};
   }
-  if (c.overlap_previous) {
+  if (c.overlap_previous && current_device().arch >= 90) {
     cudaLaunchAttribute& a = attributes[config.numAttrs++];
     a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     a.val.programmaticStreamSerializationAllowed = 1;
@@ -80,40 +114,6 @@ void launch(void (*kernel)(Params...), const LaunchConfig& c, Args&&... args) {
   const cudaError_t status =
       cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
   if (status != cudaSuccess) detail::launch_failed(address, c, "launch", status);
-}
-
-// What kernels are chosen and sized by. Read once per device and kept.
-struct DeviceInfo {
-  int arch = 0;  // compute capability, 90 for 9.0
-  int multiprocessors = 0;
-  size_t max_smem = 0;  // dynamic shared memory one block can ask for
-  size_t l2_bytes = 0;
-};
-
-inline DeviceInfo query_device(int device) {
-  const auto attribute = [&](cudaDeviceAttr a) {
-    int value = 0;
-    KL_CUDA_CHECK(cudaDeviceGetAttribute(&value, a, device), "reading attribute ", static_cast<int>(a),
-                  " of CUDA device ", device);
-    return value;
-  };
-  DeviceInfo info;
-  info.arch =
-      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  info.multiprocessors = attribute(cudaDevAttrMultiProcessorCount);
-  info.max_smem = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin));
-  info.l2_bytes = static_cast<size_t>(attribute(cudaDevAttrL2CacheSize));
-  return info;
-}
-
-// The calling thread's current device.
-inline const DeviceInfo& current_device() {
-  static thread_local int known = -1;
-  static thread_local DeviceInfo info;
-  int device = 0;
-  KL_CUDA_CHECK(cudaGetDevice(&device), "finding the current CUDA device");
-  if (device != known) info = query_device(device), known = device;
-  return info;
 }
 
 // True if there is a device to run on; a machine without a driver has none.

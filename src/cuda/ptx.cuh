@@ -63,30 +63,6 @@ KL_DEVICE uint32_t lane_id() {
   return lane;
 }
 
-// ---- Global memory with cache hints -----------------------------------------------------------------------
-
-// Data that is touched once: first to leave the caches.
-KL_DEVICE uint4 load_stream16(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-KL_DEVICE uint2 load_stream8(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.cs.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p) : "memory");
-  return v;
-}
-KL_DEVICE void store_stream16(void* p, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-KL_DEVICE void store_stream8(void* p, uint2 v) {
-  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
-}
-
 // ---- Barriers among some warps of a block -----------------------------------------------------------------
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads, a multiple of 32.
@@ -156,10 +132,21 @@ KL_DEVICE void mma_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ---- Overlap of a kernel with the one before it in the stream
+// ------------------------------------------------
+
+// First thing in a kernel that is launched with overlap_previous: nothing of the previous kernel is visible
+// before. Lets the next kernel come as close in its turn. Does nothing below sm_90, where kernels do not
+// overlap.
+KL_DEVICE void follow_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // ==== sm_90 and up =========================================================================================
-
-// ---- Overlap of a kernel with the one before it in the stream ---------------------------------------------
 
 KL_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 KL_DEVICE void release_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

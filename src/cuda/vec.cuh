@@ -35,17 +35,18 @@ KL_DEVICE uint4 as_uint4(float4 v) {
   return {__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z), __float_as_uint(v.w)};
 }
 
-// Four neighbours, aligned to their joint size.
+// Two or four neighbours, aligned to their joint size.
 KL_DEVICE float4 load4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 KL_DEVICE float4 load4(const bf16* p) { return unpack_bf16x4(*reinterpret_cast<const uint2*>(p)); }
+KL_DEVICE float2 load2(const float* p) { return *reinterpret_cast<const float2*>(p); }
+KL_DEVICE float2 load2(const bf16* p) {
+  const uint32_t v = *reinterpret_cast<const uint32_t*>(p);
+  return {__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u)};
+}
+KL_DEVICE void store2(float* p, float2 v) { *reinterpret_cast<float2*>(p) = v; }
+KL_DEVICE void store2(bf16* p, float2 v) { *reinterpret_cast<uint32_t*>(p) = pack_bf16(v.x, v.y); }
 KL_DEVICE void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
 KL_DEVICE void store4(bf16* p, float4 v) { *reinterpret_cast<uint2*>(p) = pack_bf16x4(v); }
-
-// The same for data that is touched once and should not push other data out of the caches.
-KL_DEVICE float4 load4_stream(const float* p) { return as_float4(load_stream16(p)); }
-KL_DEVICE float4 load4_stream(const bf16* p) { return unpack_bf16x4(load_stream8(p)); }
-KL_DEVICE void store4_stream(float* p, float4 v) { store_stream16(p, as_uint4(v)); }
-KL_DEVICE void store4_stream(bf16* p, float4 v) { store_stream8(p, pack_bf16x4(v)); }
 
 // True if every row of `t` can be moved four elements at a time; its last dimension is contiguous.
 inline bool in_fours(const Tensor& t) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/kda/kda.h"
+#include "ops/kda/kda_step.h"
 
 namespace kl::cuda {
 
@@ -16,6 +17,10 @@ void kda_decode_tiles(const Ctx&, const KdaArgs&);
 bool kda_decode_pipeline_takes(const KdaArgs&);
 bool kda_decode_pipeline_pays(const KdaArgs&);
 void kda_decode_pipeline(const Ctx&, const KdaArgs&);
+
+// The fused decode step of kda_step.h, in the pipelined kernel.
+bool kda_step_takes(const KdaStepArgs&);
+void kda_step(const Ctx&, const KdaStepArgs&);
 
 // Chunkwise with mma.sync: sm_80 and up, any K and V up to 256.
 void kda_prefill(const Ctx&, const KdaArgs&);

@@ -41,6 +41,13 @@ void expect_right(BackEnd back_end, const KdaCase& c, double out_tolerance, doub
   EXPECT_TRUE(testing::same_bits(pool.tensor, cuda::to_host(problem.state.device_memory.tensor).tensor));
 }
 
+// kda_decode() and, where it takes the case, each of its two ways.
+void expect_decode_right(const KdaCase& c, double out_tolerance, double state_tolerance) {
+  expect_right(cuda::kda_decode_tiles, c, out_tolerance, state_tolerance);
+  if (cuda::kda_decode_pipeline_takes(KdaProblem(c).device_args()))
+    expect_right(cuda::kda_decode_pipeline, c, out_tolerance, state_tolerance);
+}
+
 // Rounding a bf16 output to nearest costs 1.7e-3; the f32 recurrence adds some 1e-6 a few times over.
 constexpr double kBf16Out = 2e-3, kF32 = 1e-5;
 
@@ -64,16 +71,16 @@ std::vector<KdaCase> gate_families(const KdaCase& base) {
 TEST(KdaDecodeCuda, EveryGateFamily) {
   KL_NEEDS_GPU();
   for (KdaCase& c : gate_families({.lengths = {1, 1, 1, 1, 1}, .H = 3, .Hv = 3})) {
-    expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+    expect_decode_right(c, kBf16Out, kF32);
     c.rows = c.gates = DType::f32;
-    expect_right(cuda::kda_decode, c, kF32, kF32);
+    expect_decode_right(c, kF32, kF32);
   }
 }
 
 TEST(KdaDecodeCuda, SeveralTokens) {
   KL_NEEDS_GPU();
   for (KdaCase& c : gate_families({.lengths = {2, 0, 8, 1, 5}, .H = 2, .Hv = 2}))
-    expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+    expect_decode_right(c, kBf16Out, kF32);
 }
 
 TEST(KdaDecodeCuda, EveryWidth) {
@@ -91,7 +98,7 @@ TEST(KdaDecodeCuda, EveryWidth) {
                         .gates = DType::f32,
                         .v_first = v_first,
                         .pad = pad};
-        expect_right(cuda::kda_decode, c, kF32, kF32);
+        expect_decode_right(c, kF32, kF32);
       }
 }
 
@@ -109,7 +116,7 @@ TEST(KdaDecodeCuda, SlotsHeadsAndIndices) {
                         .i64 = true,
                         .slot_out = slot_out,
                         .no_state_sometimes = true};
-        expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+        expect_decode_right(c, kBf16Out, kF32);
       }
 }
 
@@ -118,7 +125,7 @@ TEST(KdaDecodeCuda, BetaScaleAndNormOptions) {
   for (const KdaBeta beta : {KdaBeta::value, KdaBeta::sigmoid, KdaBeta::sigmoid2})
     for (const bool l2norm : {false, true}) {
       const KdaCase c{.lengths = {1, 4}, .beta = beta, .l2norm = l2norm, .scale = 0.25f};
-      expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+      expect_decode_right(c, kBf16Out, kF32);
     }
 }
 
@@ -128,7 +135,7 @@ TEST(KdaDecodeCuda, Bf16Pool) {
     for (const int K : {64, 100, 128, 256}) {
       // The pool is rounded to bf16 once, at the end.
       const KdaCase c{.lengths = {1, 1, 4}, .K = K, .state = DType::bf16, .v_first = v_first};
-      expect_right(cuda::kda_decode, c, kBf16Out, kBf16Out);
+      expect_decode_right(c, kBf16Out, kBf16Out);
     }
 }
 
@@ -137,14 +144,14 @@ TEST(KdaDecodeCuda, LongSequencesAndCheckpoints) {
   const KdaCase c{.lengths = {40, 3, 100},
                   .slot_out = true,
                   .checkpoints = {{0, 16}, {0, 32}, {2, 16}, {2, 48}, {2, 64}, {2, 96}}};
-  expect_right(cuda::kda_decode, c, kBf16Out, kF32);
+  expect_decode_right(c, kBf16Out, kF32);
 }
 
 TEST(KdaDecodeCuda, ManySequencesKeepTheirBits) {
   KL_NEEDS_GPU();
-  // A sequence alone and the same sequence in company: blocks of one warp and of four.
+  // A sequence alone and the same sequence in company: narrow tiles, wide tiles.
   KdaProblem many({.lengths = std::vector<int>(200, 1), .H = 4, .Hv = 4, .seed = 5});
-  cuda::kda_decode(cuda_ctx(), many.device_args());
+  cuda::kda_decode_tiles(cuda_ctx(), many.device_args());
   const OwnedTensor together = cuda::to_host(many.out.device_memory.tensor);
   many.reset_device();
   KdaArgs one = many.device_args();
@@ -155,6 +162,22 @@ TEST(KdaDecodeCuda, ManySequencesKeepTheirBits) {
   cuda::kda_decode(cuda_ctx(), one);
   const OwnedTensor alone = cuda::to_host(many.out.device_memory.tensor);
   EXPECT_TRUE(testing::same_bits(together.tensor[row], alone.tensor[row]));
+}
+
+TEST(KdaDecodeCuda, PipelineWithManyItemsABlock) {
+  KL_NEEDS_GPU();
+  // Every block goes around its ring several times, over idle sequences and such without a state.
+  for (const int D : {64, 128})
+    for (const bool v_first : {false, true}) {
+      KdaCase c{.H = 4, .Hv = 8, .K = D, .V = D, .v_first = v_first, .no_state_sometimes = true};
+      c.lengths.assign(200, 1);
+      for (size_t n = 0; n < c.lengths.size(); n += 11) c.lengths[n] = static_cast<int>(n % 5);
+      const KdaProblem problem(c);
+      ASSERT_TRUE(cuda::kda_decode_pipeline_takes(problem.device_args()) || cuda::current_device().arch < 90);
+      expect_decode_right(c, kBf16Out, kF32);
+      c.state = DType::bf16, c.slot_out = true;
+      expect_decode_right(c, kBf16Out, kBf16Out);
+    }
 }
 
 }  // namespace

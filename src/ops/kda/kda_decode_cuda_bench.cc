@@ -1,6 +1,6 @@
-// Times KDA decode on the GPU and prints one table: time of one step, bandwidth, and its share of the copy
-// bandwidth measured in the same run. Inputs in bf16, softplus gate, all fusions on; state pools rotate
-// through more memory than the L2 cache holds, slots are in a random order.
+// Times KDA decode and the fused decode step on the GPU and prints one table: time of one step, bandwidth,
+// and its share of the copy bandwidth measured in the same run. Inputs in bf16, softplus gate, all fusions
+// on; state pools rotate through more memory than the L2 cache holds, slots are in a random order.
 //
 //   kda_decode_cuda_bench [a part of a row's name, to run only such rows]
 #include <cstdio>
@@ -17,7 +17,7 @@ namespace {
 
 // Data of one launch out of several that take turns.
 struct Step {
-  cuda::DeviceTensor q, k, v, g, beta, out, slot;
+  cuda::DeviceTensor q, k, v, g, beta, out, out_gate, slot;
 };
 
 struct DecodeBench {
@@ -25,7 +25,8 @@ struct DecodeBench {
   bool v_first;
   DType state;
   std::vector<Step> steps;
-  cuda::DeviceTensor pool, cu, A_log, dt_bias;
+  cuda::DeviceTensor pool, cu, A_log, dt_bias, norm_weight;
+  cuda::DeviceTensor conv_weight[3], conv_state[3];  // of q, k, v
 
   DecodeBench(int B, int H, int D, int tokens, bool v_first, DType state)
       : B(B), H(H), D(D), tokens(tokens), v_first(v_first), state(state) {
@@ -50,6 +51,12 @@ struct DecodeBench {
     cu = cuda::to_device(Tensor(rows.data(), DType::i32, {B + 1}));
     A_log = cuda::to_device(testing::random_normal(DType::f32, {H}, random).tensor);
     dt_bias = cuda::to_device(testing::random_normal(DType::f32, {H, D}, random, 1, -4).tensor);
+    norm_weight = cuda::to_device(testing::random_normal(DType::f32, {D}, random).tensor);
+    for (int i = 0; i < 3; ++i) {
+      conv_weight[i] =
+          cuda::to_device(testing::random_normal(DType::f32, {H * D, kStepTaps}, random, 0.5).tensor);
+      conv_state[i] = cuda::device_tensor(DType::f32, {slots, H * D, kStepTaps - 1}, 0x3c);
+    }
     for (int64_t i = 0; i < turns; ++i) {
       Step s;
       s.q = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
@@ -57,6 +64,7 @@ struct DecodeBench {
       s.v = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
       s.g = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
       s.beta = cuda::to_device(testing::random_normal(DType::bf16, {T, H}, random).tensor);
+      s.out_gate = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
       s.out = cuda::device_tensor(DType::bf16, {T, H, D});
       s.slot = cuda::to_device(Tensor(order.data() + i * B, DType::i32, {B}));
       steps.push_back(std::move(s));
@@ -73,6 +81,21 @@ struct DecodeBench {
     return a;
   }
 
+  KdaStepArgs step_args(int turn) const {
+    KdaStepArgs a;
+    a.kda = args(turn);
+    a.kda.cu_seqlens = Tensor();
+    StepConv* const convs[] = {&a.q, &a.k, &a.v};
+    for (int i = 0; i < 3; ++i) *convs[i] = {conv_weight[i].tensor, conv_state[i].tensor};
+    a.out_gate = steps[static_cast<size_t>(turn) % steps.size()].out_gate.tensor;
+    a.norm_weight = norm_weight.tensor;
+    return a;
+  }
+  // Beside bytes(): convolution states twice, their weights and the output gate once.
+  double bytes_of_fusion() const {
+    return 2. * B * 3 * H * D * 3 * 4 + 3. * H * D * kStepTaps * 4 + 2. * B * H * D;
+  }
+
   // The least that has to move: the state twice, each operand once.
   double bytes() const {
     const double rows = 5. * B * tokens * H * D * 2 + 2. * B * tokens * H;
@@ -80,17 +103,18 @@ struct DecodeBench {
   }
 };
 
-void print_row(const char* name, const DecodeBench& bench, double bandwidth) {
+void print_row(const std::string& name, const DecodeBench& bench, double bytes, double bandwidth,
+               const std::function<void(const Ctx&, int)>& decode) {
   Ctx ctx;
   ctx.device = Device::cuda;
   const int turns = static_cast<int>(bench.steps.size());
   const int repetitions = std::max(turns, std::min(turns * ((200 + turns - 1) / turns), 400));
   const testing::Timing t = testing::time_graph(repetitions, 15, [&](int i, cudaStream_t stream) {
     ctx.stream = stream;
-    cuda::kda_decode(ctx, bench.args(i));
+    decode(ctx, i);
   });
-  const double rate = bench.bytes() / t.median;
-  std::printf("%-34s %9.2f us  (%.2f .. %.2f)  %7.1f GB/s  %5.1f %% of copy\n", name, t.median * 1e6,
+  const double rate = bytes / t.median;
+  std::printf("%-36s %9.2f us  (%.2f .. %.2f)  %7.1f GB/s  %5.1f %% of copy\n", name.c_str(), t.median * 1e6,
               t.low * 1e6, t.high * 1e6, rate * 1e-9, 100 * rate / bandwidth);
   std::fflush(stdout);
 }
@@ -113,10 +137,18 @@ int run(const char* filter) {
   rows.push_back({64, 32, 64, 1, false, DType::f32});
   for (const Row& r : rows) {
     char name[80];
-    std::snprintf(name, sizeof name, "decode B%d H%d D%d T%d %s %s", r.B, r.H, r.D, r.tokens,
+    std::snprintf(name, sizeof name, "B%d H%d D%d T%d %s %s", r.B, r.H, r.D, r.tokens,
                   r.v_first ? "[V,K]" : "[K,V]", r.state == DType::bf16 ? "bf16" : "f32");
-    if (std::strstr(name, filter) != nullptr)
-      print_row(name, {r.B, r.H, r.D, r.tokens, r.v_first, r.state}, bandwidth);
+    if (std::strstr(name, filter) == nullptr) continue;
+    const DecodeBench bench(r.B, r.H, r.D, r.tokens, r.v_first, r.state);
+    print_row(std::string(name) + " tiles", bench, bench.bytes(), bandwidth,
+              [&](const Ctx& ctx, int i) { cuda::kda_decode_tiles(ctx, bench.args(i)); });
+    if (!cuda::kda_decode_pipeline_takes(bench.args(0))) continue;
+    print_row(std::string(name) + " pipeline", bench, bench.bytes(), bandwidth,
+              [&](const Ctx& ctx, int i) { cuda::kda_decode_pipeline(ctx, bench.args(i)); });
+    if (r.tokens > 1) continue;
+    print_row(std::string(name) + " fused step", bench, bench.bytes() + bench.bytes_of_fusion(), bandwidth,
+              [&](const Ctx& ctx, int i) { cuda::kda_step(ctx, bench.step_args(i)); });
   }
   std::printf("copy again %.1f GB/s\n", testing::copy_bandwidth() * 1e-9);
   return 0;

@@ -25,6 +25,19 @@ KL_DEVICE int64_t offset_of(const Operand& t, int64_t token, int64_t head) {
 KL_DEVICE float load_element(const Operand& t, int64_t i) {
   return t.is_bf16 ? to_float(static_cast<const bf16*>(t.data)[i]) : static_cast<const float*>(t.data)[i];
 }
+
+// Elements on their way: what was loaded, not yet looked at. Converting at once would make a warp wait for
+// each load before it issues the next; so loads come first, then value_of().
+struct RawElement {
+  uint32_t bits = 0;
+};
+KL_DEVICE RawElement load_raw(const Operand& t, int64_t i) {
+  return {t.is_bf16 ? static_cast<const uint16_t*>(t.data)[i] : static_cast<const uint32_t*>(t.data)[i]};
+}
+KL_DEVICE float value_of(const Operand& t, RawElement raw) {
+  return __uint_as_float(raw.bits << (t.is_bf16 ? 16 : 0));
+}
+
 KL_DEVICE void store_element(const Operand& t, int64_t i, float x) {
   if (t.is_bf16)
     static_cast<bf16*>(t.data)[i] = from_float<bf16>(x);
@@ -32,33 +45,58 @@ KL_DEVICE void store_element(const Operand& t, int64_t i, float x) {
     static_cast<float*>(t.data)[i] = x;
 }
 
-// kCount neighbours (2 or a multiple of 4) from element i on. kFull: aligned and all inside the row;
-// otherwise the first `valid` are loaded (any int, at most 0 for none) and the rest are 0.
+// kCount (2 or 4) neighbours from element i on. kFull: aligned and all inside the row; otherwise the first
+// `valid` are loaded (any int, at most 0 for none) and the rest are 0.
 template <int kCount, bool kFull>
-KL_DEVICE void load_run(float (&x)[kCount], const Operand& t, int64_t i, int valid) {
+struct RawRun {
+  uint32_t bits[kCount] = {};
+};
+template <int kCount, bool kFull>
+KL_DEVICE RawRun<kCount, kFull> load_raw_run(const Operand& t, int64_t i, int valid) {
+  RawRun<kCount, kFull> raw;
   if constexpr (!kFull) {
 #pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = e < valid ? load_element(t, i + e) : 0.f;
+    for (int e = 0; e < kCount; ++e)
+      if (e < valid) raw.bits[e] = load_raw(t, i + e).bits;
   } else if constexpr (kCount == 2) {
     if (t.is_bf16) {
-      const uint32_t two = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(t.data) + i);
-      x[0] = __uint_as_float(two << 16), x[1] = __uint_as_float(two & 0xffff0000u);
+      raw.bits[0] = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(t.data) + i);
     } else {
-      const float2 two = *reinterpret_cast<const float2*>(static_cast<const float*>(t.data) + i);
-      x[0] = two.x, x[1] = two.y;
+      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const float*>(t.data) + i);
+      raw.bits[0] = x.x, raw.bits[1] = x.y;
     }
   } else {
+    if (t.is_bf16) {
+      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(t.data) + i);
+      raw.bits[0] = x.x, raw.bits[1] = x.y;
+    } else {
+      const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const float*>(t.data) + i);
+      raw.bits[0] = x.x, raw.bits[1] = x.y, raw.bits[2] = x.z, raw.bits[3] = x.w;
+    }
+  }
+  return raw;
+}
+template <int kCount, bool kFull>
+KL_DEVICE void values_of(float (&x)[kCount], const Operand& t, const RawRun<kCount, kFull>& raw) {
+  if constexpr (!kFull) {
 #pragma unroll
-    for (int e = 0; e < kCount; e += 4) {
-      const float4 four = t.is_bf16 ? load4(static_cast<const bf16*>(t.data) + i + e)
-                                    : load4(static_cast<const float*>(t.data) + i + e);
-      x[e] = four.x, x[e + 1] = four.y, x[e + 2] = four.z, x[e + 3] = four.w;
+    for (int e = 0; e < kCount; ++e) x[e] = value_of(t, {raw.bits[e]});
+  } else {
+#pragma unroll
+    for (int e = kCount - 1; e >= 0; --e) {
+      const uint32_t pair = raw.bits[e / 2];
+      x[e] = __uint_as_float(!t.is_bf16 ? raw.bits[e] : e % 2 ? pair & 0xffff0000u : pair << 16);
     }
   }
 }
-template <bool kFull>
-KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[4], int valid) {
-  if constexpr (kFull) {
+template <bool kFull, int kCount>
+KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[kCount], int valid) {
+  if constexpr (kFull && kCount == 2) {
+    if (t.is_bf16)
+      store2(static_cast<bf16*>(t.data) + i, {x[0], x[1]});
+    else
+      store2(static_cast<float*>(t.data) + i, {x[0], x[1]});
+  } else if constexpr (kFull) {
     const float4 four{x[0], x[1], x[2], x[3]};
     if (t.is_bf16)
       store4(static_cast<bf16*>(t.data) + i, four);
@@ -66,7 +104,7 @@ KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[4], int v
       store4(static_cast<float*>(t.data) + i, four);
   } else {
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
+    for (int e = 0; e < kCount; ++e)
       if (e < valid) store_element(t, i + e, x[e]);
   }
 }
@@ -94,16 +132,22 @@ inline GateParams gate_params(const KdaGate& gate) {
           gate.dt_bias ? gate.dt_bias.stride[0] : 0, gate.lower_bound, gate.kind};
 }
 
-// exp(A_log[head]); 1 where the gate has none.
-KL_DEVICE float gate_factor(const GateParams& gate, int64_t head) {
-  return gate.A_log != nullptr && gate.kind != KdaGateKind::log_decay ? expf(gate.A_log[head]) : 1.f;
+// A_log[head]; 0 where the gate has none. The gate's factor is its exp.
+KL_DEVICE float A_log_of(const GateParams& gate, int head) {
+  return gate.A_log != nullptr && gate.kind != KdaGateKind::log_decay ? gate.A_log[head] : 0.f;
+}
+// dt_bias of one channel; 0 where the gate has none.
+KL_DEVICE float dt_bias_of(const GateParams& gate, int head, int channel) {
+  return gate.dt_bias != nullptr && gate.kind != KdaGateKind::log_decay
+             ? gate.dt_bias[head * gate.dt_stride + channel]
+             : 0.f;
 }
 
 // log(1 + e^x) with a small relative error also where it is tiny: slow gates act over a million tokens.
 KL_DEVICE float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-KL_DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
+KL_DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
-// The log-decay of one channel; `factor` from gate_factor(), `z` the tensor's element plus dt_bias.
+// The log-decay of one channel; `factor` is exp(A_log), `z` the tensor's element plus dt_bias.
 KL_DEVICE float log_decay(const GateParams& gate, float factor, float z) {
   if (gate.kind == KdaGateKind::log_decay) return z;
   return gate.kind == KdaGateKind::softplus ? -factor * softplus(z) : gate.lower_bound * sigmoid(factor * z);
