@@ -27,6 +27,11 @@ struct Gemm {
   bool accumulate = false;  // C += instead of C =
 };
 
+// For operators that share a product among threads: multiply-adds that are worth a task (some 5 us, or 20 us
+// where B comes from memory), and how many columns of C a task of m rows needs for that.
+constexpr int64_t kGemmTask = 1 << 18;
+int64_t gemm_task_columns(int64_t m, int64_t k);
+
 KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)
 
 }  // namespace kl

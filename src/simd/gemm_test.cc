@@ -128,6 +128,13 @@ TEST_P(GemmTest, AnElementHasTheSameBitsInEveryCompany) {
   }
 }
 
+TEST(Gemm, TasksAreWorthAThread) {
+  EXPECT_EQ(gemm_task_columns(96, 4096), 64);  // never fewer
+  EXPECT_EQ(gemm_task_columns(1, 4096), 64);
+  EXPECT_EQ(gemm_task_columns(1, 128), 2048);
+  EXPECT_EQ(gemm_task_columns(1, 0), kGemmTask);
+}
+
 INSTANTIATE_TEST_SUITE_P(All, GemmTest,
                          ::testing::Combine(::testing::Values(Isa::generic, Isa::avx2, Isa::avx512),
                                             ::testing::Bool(),

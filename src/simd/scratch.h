@@ -23,8 +23,8 @@ class Scratch {
   ArenaScope scope_;
 };
 
-// body(item, memory) for every item in [0, items), in parallel; `memory` is `floats` f32 that no other body uses
-// at the same time. What is in them is left over from other items.
+// body(item, memory) for every item in [0, items), in parallel; `memory` is `floats` f32 that no other body
+// uses at the same time. What is in them is left over from other items.
 inline void for_each_with_scratch(ThreadPool* pool, int64_t items, Scratch& scratch, int64_t floats,
                                   const std::function<void(int64_t, float*)>& body) {
   const int64_t workers = std::min<int64_t>(pool ? pool->threads() : 1, items);

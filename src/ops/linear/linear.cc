@@ -26,19 +26,12 @@ void check_args(const LinearArgs& a, Device device) {
   KL_CHECK(a.out.numel() == 0 || a.out.data != a.x.data, "linear: out: expected other memory than that of x");
 }
 
-constexpr int64_t kTaskRows = 96;     // with 1024 columns, 384 KiB of x: stays in a core's second-level cache
-constexpr int64_t kTaskOutputs = 64;  // at least: whole cache lines of out
-constexpr int64_t kTaskProducts = 1 << 18;  // multiply-adds; some 5 us, or 20 us where w comes from memory
-
-int64_t outputs_per_task(int64_t rows, int64_t in) {
-  const int64_t wanted = kTaskProducts / std::max<int64_t>(1, rows * in);
-  return std::max(kTaskOutputs, wanted / kTaskOutputs * kTaskOutputs);
-}
+constexpr int64_t kTaskRows = 96;  // with 1024 columns, 384 KiB of x: stays in a core's second-level cache
 
 void linear_cpu(ThreadPool* pool, const LinearArgs& a) {
   const int64_t T = a.x.size(0), in = a.x.size(1), out = a.w.size(0);
   if (T == 0 || out == 0) return;
-  const int64_t rows = std::min(T, kTaskRows), outputs = outputs_per_task(rows, in);
+  const int64_t rows = std::min(T, kTaskRows), outputs = gemm_task_columns(rows, in);
   const int64_t down = (T + rows - 1) / rows, across = (out + outputs - 1) / outputs;
   // Neighbouring tasks share their rows of w.
   parallel_for(pool, down * across, 1, [&](int64_t task, int64_t) {

@@ -63,11 +63,10 @@ struct MlaDecodePart {
   float* memory;  // [A, kMlaKeys]
 };
 
-// One head of one query: latent = sum_j softmax_j c_j from `parts` parts, each `stride` parts of A heads
-// apart.
+// One head of one query: latent = sum_j softmax_j c_j from parts that lie A heads apart.
 struct MlaJoin {
   MlaShape shape;
-  MlaPart first;  // of the head
+  MlaPart first;  // the head in the first part
   int64_t parts;
   float* latent;  // [R]
 };

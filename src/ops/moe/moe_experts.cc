@@ -12,10 +12,7 @@
 namespace kl {
 namespace {
 
-constexpr int64_t kTokens = 1024;     // at once: bounds the scratch to top_k · kTokens · (D + I) floats
-constexpr int64_t kTaskOutputs = 64;  // at least: whole cache lines of a result
-constexpr int64_t kTaskProducts =
-    1 << 18;  // multiply-adds; some 5 us, or 20 us where weights come from memory
+constexpr int64_t kTokens = 1024;  // at once: bounds the scratch to top_k · kTokens · (D + I) floats
 
 // A pair (token t, choice j) is a row of the sorted arrays.
 struct Sorted {
@@ -59,13 +56,12 @@ void for_each_piece(ThreadPool* pool, const std::vector<Sorted::Block>& blocks, 
   std::vector<Piece> pieces;
   int64_t all = 0;
   for (const Sorted::Block& b : blocks) {
-    const int64_t wanted = kTaskProducts / std::max<int64_t>(1, b.rows * products);
-    const int64_t size = std::max(kTaskOutputs, wanted / kTaskOutputs * kTaskOutputs);
+    const int64_t size = gemm_task_columns(b.rows, products);
     for (int64_t i = 0; i < n; i += size) pieces.push_back({&b, i, std::min(n, i + size)});
     all += b.rows * n * products;
   }
   // Little work is done sooner than other threads wake up.
-  parallel_for(all <= kTaskProducts ? nullptr : pool, static_cast<int64_t>(pieces.size()), 1,
+  parallel_for(all <= kGemmTask ? nullptr : pool, static_cast<int64_t>(pieces.size()), 1,
                [&](int64_t i, int64_t) { body(*pieces[i].block, pieces[i].begin, pieces[i].end); });
 }
 
