@@ -29,7 +29,8 @@ struct Claim {
 // past.
 std::vector<Claim> chunk_form_claims(ThreadPool*);
 
-// R2: why a delta rule. 16 keys, each rewritten 4 times: which value does a memory return for a key?
+// R2: why a delta rule. 16 keys, each rewritten 4 times on average: which value does a memory return for a
+// key?
 std::vector<Claim> overwrite_claims(ThreadPool*);
 
 // R3: the operators are what the paper says of each other: KDA with one gate per head is gated delta net, and

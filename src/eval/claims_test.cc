@@ -24,7 +24,7 @@ class Claims : public ::testing::Test {
 
 TEST_F(Claims, ChunkForm) { expect_all_hold(chunk_form_claims(&pool_), 5); }
 TEST_F(Claims, Overwrite) { expect_all_hold(overwrite_claims(&pool_), 3); }
-TEST_F(Claims, Reductions) { expect_all_hold(reduction_claims(&pool_), 16); }
+TEST_F(Claims, Reductions) { expect_all_hold(reduction_claims(&pool_), 24); }
 TEST_F(Claims, LongRun) { expect_all_hold(long_run_claims(&pool_), 3); }
 
 TEST(CacheClaims, Hold) { expect_all_hold(cache_claims(kimi_linear_48b_attention()), 4); }
