@@ -37,11 +37,7 @@ class LineReader {
     history(history_, &event, H_SETSIZE, 1000);
     history(history_, &event, H_SETUNIQUE, 1);
     el_set(editor_, EL_CLIENTDATA, this);
-    el_set(editor_, EL_PROMPT, [](EditLine* editor) -> char* {
-      void* self = nullptr;
-      el_get(editor, EL_CLIENTDATA, &self);
-      return static_cast<LineReader*>(self)->prompt_.data();
-    });
+    el_set(editor_, EL_PROMPT, &LineReader::prompt_of);
     el_set(editor_, EL_EDITOR, "emacs");
     el_set(editor_, EL_HIST, history, history_);
     el_set(editor_, EL_SIGNAL, 0);
@@ -86,6 +82,12 @@ class LineReader {
   }
 
  private:
+  static char* prompt_of(EditLine* editor) {
+    void* self = nullptr;
+    el_get(editor, EL_CLIENTDATA, &self);
+    return static_cast<LineReader*>(self)->prompt_.data();
+  }
+
   // $XDG_STATE_HOME/kimi-linear/history; "" if the folder cannot be made.
   static std::string find_history_file() {
     const char* state = std::getenv("XDG_STATE_HOME");
