@@ -142,12 +142,11 @@ class Reductions {
   Values linear_attention(const MemoryCase& m, const Values& g) const {
     const bool by_channel = g.size() == g_channel_.size();
     const OwnedTensor gate = g.empty() ? OwnedTensor{} : by_channel ? channels(g) : heads(g);
+    const auto definition = [](const LinearAttentionArgs& args) {
+      linear_attention_recurrent_ref(args, recurrence::Precision::f64);
+    };
     return run_operator<LinearAttentionArgs>(m,
-                                             {linear_attention_prefill, linear_attention_decode,
-                                              [](const LinearAttentionArgs& args) {
-                                                linear_attention_recurrent_ref(args,
-                                                                               recurrence::Precision::f64);
-                                              }},
+                                             {linear_attention_prefill, linear_attention_decode, definition},
                                              [&](LinearAttentionArgs& args) { args.g = gate.tensor; });
   }
   Values dplr(const MemoryCase& m, const Values& a, const Values& b, const Values& g) const {

@@ -247,6 +247,21 @@ inline void expect_cut_anywhere(const RecurrenceOp& op, RecurrenceCase c) {
   }
 }
 
+// NaN from token 40 on, in the middle of a chunk: outputs before it keep their bits.
+inline void expect_causal(const RecurrenceOp& op, RecurrenceCase c) {
+  constexpr int64_t kFirst = 40;
+  c.lengths = {100};
+  const RecurrenceProblem clean(op, c, 35), spoilt(op, c, 35);
+  std::vector<Tensor> rows = {spoilt.call.q, spoilt.call.k, spoilt.call.v};
+  rows.insert(rows.end(), spoilt.call.extras.begin(), spoilt.call.extras.end());
+  for (const Tensor& t : rows)
+    for (int64_t token = kFirst; token < 100; ++token)
+      std::fill_n(t.at<float>(token), t.stride[0] - 2, std::numeric_limits<float>::quiet_NaN());
+  const RecurrenceResult expected = clean.prefill(), found = spoilt.prefill();
+  EXPECT_TRUE(same_bits(found.out.tensor.slice(0, 0, kFirst), expected.out.tensor.slice(0, 0, kFirst)));
+  EXPECT_TRUE(std::isnan(*found.out.tensor.at<float>(kFirst)));
+}
+
 inline void expect_threads_do_not_matter(const RecurrenceOp& op, RecurrenceCase c) {
   c.lengths = {70, 3, 0, 41};
   const RecurrenceProblem problem(op, c, 33);

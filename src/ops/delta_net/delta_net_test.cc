@@ -133,6 +133,7 @@ TEST(DeltaNet, OverwritesAKey) {
 
 TEST(DeltaNet, PackedEqualsAlone) { expect_packed_equals_alone(mild(), {.H = 1, .Hv = 2}); }
 TEST(DeltaNet, CanBeCutAnywhere) { expect_cut_anywhere(mild(), {.H = 2, .Hv = 2}); }
+TEST(DeltaNet, TheFutureDoesNotTouchThePast) { expect_causal(mild(), {.H = 1, .Hv = 2}); }
 TEST(DeltaNet, ThreadsDoNotMatter) { expect_threads_do_not_matter(mild(), {.H = 2, .Hv = 4}); }
 
 TEST(DeltaNet, SaysWhatIsWrong) {

@@ -80,6 +80,7 @@ TEST(Dplr, IsWhatTheEquationSays) {
 
 TEST(Dplr, PackedEqualsAlone) { expect_packed_equals_alone(mild(), {.H = 2, .Hv = 2}); }
 TEST(Dplr, CanBeCutAnywhere) { expect_cut_anywhere(mild(), {.H = 2, .Hv = 2}); }
+TEST(Dplr, TheFutureDoesNotTouchThePast) { expect_causal(mild(), {.H = 2, .Hv = 2}); }
 TEST(Dplr, ThreadsDoNotMatter) { expect_threads_do_not_matter(mild(), {.H = 2, .Hv = 2}); }
 
 TEST(Dplr, SaysWhatIsWrong) {

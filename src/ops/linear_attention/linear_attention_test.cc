@@ -80,6 +80,9 @@ TEST(LinearAttention, PackedEqualsAlone) {
 TEST(LinearAttention, CanBeCutAnywhere) {
   for (const Decay decay : kDecays) expect_cut_anywhere(mild(decay), {.H = 2, .Hv = 2});
 }
+TEST(LinearAttention, TheFutureDoesNotTouchThePast) {
+  for (const Decay decay : kDecays) expect_causal(mild(decay), {.H = 1, .Hv = 2});
+}
 TEST(LinearAttention, ThreadsDoNotMatter) {
   for (const Decay decay : kDecays) expect_threads_do_not_matter(mild(decay), {.H = 2, .Hv = 4});
 }
