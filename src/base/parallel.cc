@@ -28,11 +28,14 @@ struct ThreadPool::Shared {
   std::vector<std::thread> workers;
   std::mutex run_mutex;  // one loop at a time
 
-  // A loop is published under `mutex` by raising `epoch`; workers join it, take indices from `next` and count
-  // themselves out through `active`. The caller waits for active == 0 before it may publish another.
+  // A loop is published under `mutex` by raising `epoch` and opening it. Workers that wake in time join it,
+  // also under `mutex`, take indices from `next` and count themselves out through `active`. The caller closes
+  // the loop when no index is left and waits for those who joined: a worker that slept through a short loop
+  // delays nobody.
   std::mutex mutex;
   std::condition_variable wake;
   std::atomic<uint64_t> epoch{0};
+  bool open = false;
   bool stop = false;
 
   const std::function<void(int64_t)>* body = nullptr;
@@ -64,6 +67,8 @@ struct ThreadPool::Shared {
         wake.wait(lock, [&] { return stop || epoch.load(std::memory_order_relaxed) != seen; });
         if (stop) return;
         seen = epoch.load(std::memory_order_relaxed);
+        if (!open) continue;
+        active.fetch_add(1, std::memory_order_relaxed);
       }
       work();
       active.fetch_sub(1, std::memory_order_release);  // makes this worker's results visible to the caller
@@ -101,11 +106,15 @@ void ThreadPool::run(int64_t tasks, const std::function<void(int64_t)>& body) {
     s.tasks = tasks;
     s.next.store(0, std::memory_order_relaxed);
     s.error = nullptr;
-    s.active.store(static_cast<int>(s.workers.size()), std::memory_order_relaxed);
+    s.open = true;
     s.epoch.fetch_add(1, std::memory_order_release);
   }
   s.wake.notify_all();
   s.work();
+  {
+    const std::lock_guard lock(s.mutex);
+    s.open = false;
+  }
   for (int spin = 0; s.active.load(std::memory_order_acquire) != 0; ++spin) {
     if (spin < kSpins)
       pause();

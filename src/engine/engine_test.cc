@@ -114,7 +114,7 @@ TEST(Engine, CopiedSessionsGoSeparateWays) {
 }
 
 TEST(Engine, SavedSessionsGoOnAsIfTheyHadNotBeen) {
-  const testing::TemporaryFolder folder;
+  const testing::TempDir folder;
   const std::string path = folder.path() + "/session";
   Engine engine = make_engine({.context = 256});
   Session kept(engine);

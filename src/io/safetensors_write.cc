@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-#include "io/atomic_file.h"
 #include "io/quote.h"
 #include "io/safetensors.h"
 #include "io/safetensors_header.h"
+#include "io/safetensors_writer.h"
 
 namespace kl {
 
@@ -33,17 +33,17 @@ void check_writable(const Named& named, const std::string& path) {
   KL_CHECK(t.data || t.numel() == 0, "cannot write ", path, ": tensor ", in_quotes(name), ": has no data");
 }
 
-std::vector<const Named*> in_file_order(const std::map<std::string, Tensor>& tensors) {
-  std::vector<const Named*> order;
-  for (const Named& named : tensors) order.push_back(&named);
-  std::stable_sort(order.begin(), order.end(), [](const Named* a, const Named* b) {
-    return size_of(a->second.dtype) > size_of(b->second.dtype);  // the map already sorts by name
+using Item = SafetensorsWriter::Item;
+
+std::vector<Item> in_file_order(std::vector<Item> items) {
+  std::sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return size_of(a.dtype) != size_of(b.dtype) ? size_of(a.dtype) > size_of(b.dtype) : a.name < b.name;
   });
-  return order;
+  return items;
 }
 
-std::string header_text(const std::vector<const Named*>& order,
-                        const std::map<std::string, std::string>& metadata, const std::string& path) {
+std::string header_text(const std::vector<Item>& order, const std::map<std::string, std::string>& metadata,
+                        const std::string& path) {
   std::string text = "{";
   if (!metadata.empty()) {
     text += "\"__metadata__\":{";
@@ -53,13 +53,12 @@ std::string header_text(const std::vector<const Named*>& order,
     text.back() = '}', text += ',';
   }
   int64_t offset = 0;
-  for (const Named* named : order) {
-    const Tensor& t = named->second;
-    text += json_string(named->first, path) + ":{\"dtype\":\"" + std::string(name_of(t.dtype));
+  for (const Item& item : order) {
+    text += json_string(item.name, path) + ":{\"dtype\":\"" + std::string(name_of(item.dtype));
     text += "\",\"shape\":[";
-    for (int d = 0; d < t.rank; ++d) text += cat(d ? "," : "", t.shape[d]);
-    text += cat("],\"data_offsets\":[", offset, ',', offset + t.bytes(), "]},");
-    offset += t.bytes();
+    for (size_t d = 0; d < item.shape.size(); ++d) text += cat(d ? "," : "", item.shape[d]);
+    text += cat("],\"data_offsets\":[", offset, ',', offset + item.bytes(), "]},");
+    offset += item.bytes();
   }
   if (text.size() > 1) text.pop_back();
   text += '}';
@@ -69,26 +68,56 @@ std::string header_text(const std::vector<const Named*>& order,
 
 }  // namespace
 
-void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
-                       const std::map<std::string, std::string>& metadata) {
-  for (const Named& named : tensors) check_writable(named, path);
-  const std::vector<const Named*> order = in_file_order(tensors);
-  const std::string header = header_text(order, metadata, path);
+int64_t SafetensorsWriter::Item::bytes() const {
+  int64_t n = size_of(dtype);
+  for (const int64_t size : shape) {
+    KL_CHECK(size >= 0 && !__builtin_mul_overflow(n, size, &n), "tensor ", name, ": size out of range");
+  }
+  return n;
+}
+
+SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Item> items,
+                                     const std::map<std::string, std::string>& metadata)
+    : path_(path), items_(in_file_order(std::move(items))), file_(path) {
+  const std::string header = header_text(items_, metadata, path);
   // What this project writes it can also read.
   KL_CHECK(header.size() <= kMaxHeaderBytes, "cannot write ", path, ": a header of ", header.size(),
            " bytes, expected at most ", kMaxHeaderBytes);
-  const size_t names = tensors.size() + metadata.size() + !metadata.empty();
+  const size_t names = items_.size() + metadata.size() + !metadata.empty();
   KL_CHECK(names <= kMaxHeaderNames, "cannot write ", path, ": ", names, " names, expected at most ",
            kMaxHeaderNames);
-
-  AtomicFile file(path);
+  for (const Item& item : items_) missing_ += item.bytes();
   const uint64_t length = header.size();  // little-endian, as every machine that this runs on
-  file.write(&length, sizeof length);
-  file.write(header.data(), header.size());
-  for (const Named* named : order) {
-    file.write(named->second.data, static_cast<size_t>(named->second.bytes()));
+  file_.write(&length, sizeof length);
+  file_.write(header.data(), header.size());
+}
+
+void SafetensorsWriter::write(const void* data, size_t bytes) {
+  KL_CHECK(bytes <= static_cast<size_t>(missing_), "cannot write ", path_, ": ", bytes,
+           " bytes of tensors, expected at most ", missing_, " more");
+  file_.write(data, bytes);
+  missing_ -= static_cast<int64_t>(bytes);
+}
+
+void SafetensorsWriter::commit() {
+  KL_CHECK(missing_ == 0, "cannot write ", path_, ": ", missing_, " bytes of tensors are missing");
+  file_.commit();
+}
+
+void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
+                       const std::map<std::string, std::string>& metadata) {
+  std::vector<Item> items;
+  for (const Named& named : tensors) {
+    check_writable(named, path);
+    const auto& [name, t] = named;
+    items.push_back({name, t.dtype, {t.shape.begin(), t.shape.begin() + t.rank}});
   }
-  file.commit();
+  SafetensorsWriter writer(path, std::move(items), metadata);
+  for (const Item& item : writer.order()) {
+    const Tensor& t = tensors.at(item.name);
+    writer.write(t.data, static_cast<size_t>(t.bytes()));
+  }
+  writer.commit();
 }
 
 }  // namespace kl

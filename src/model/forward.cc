@@ -19,16 +19,23 @@ namespace kl {
 
 namespace {
 
-// Up to this many tokens a sequence, the step-by-step recurrence and absorbed attention do less work than the
-// chunkwise and the expanded forms.
-constexpr int kDecodeTokens = 8;
+// Up to this many new tokens a sequence, the step-by-step recurrence does less work than the chunkwise form.
+constexpr int kRecurrentTokens = 8;
+
+// True where absorbed attention does less arithmetic than expanding the keys and values of the whole context:
+// with n queries over c tokens, n · c · (2R - Nk - V) against c · R · (Nk + V) multiplications a head (170
+// queries at the 48B's sizes).
+bool absorb(const Config& c, int64_t queries) {
+  const int64_t expanded_width = c.qk_nope_head_dim + c.v_head_dim;
+  return queries * (2 * int64_t{c.kv_lora_rank} - expanded_width) <= c.kv_lora_rank * expanded_width;
+}
 
 struct Pass {  // what every layer of one pass shares
   Ctx& ctx;
   const Config& config;
   const Activations& a;
   State& state;
-  bool decode;
+  int longest;  // tokens of the longest sequence
 };
 
 void embed(const Pass& p, const Tensor& table, const Batch& batch) {
@@ -77,7 +84,7 @@ void kda_layer(const Pass& p, const KdaWeights& w, int layer) {
   kda.state = p.state.kda(layer);
   kda.slot = a.slots;
   kda.gate = {.kind = KdaGateKind::softplus, .A_log = w.A_log, .dt_bias = w.dt_bias};
-  p.decode ? kda_decode(ctx, kda) : kda_prefill(ctx, kda);
+  p.longest <= kRecurrentTokens ? kda_decode(ctx, kda) : kda_prefill(ctx, kda);
 
   linear(ctx, {.x = x, .w = w.g_a_proj, .out = a.g_a});
   linear(ctx, {.x = a.g_a, .w = w.g_b_proj, .out = a.g});
@@ -107,7 +114,7 @@ void mla_layer(const Pass& p, const MlaWeights& w, int layer) {
                        .cu_seqlens = a.cu_seqlens,
                        .cache = cache,
                        .out = a.mla_o.view({T, c.num_attention_heads, c.v_head_dim})};
-  p.decode ? mla_decode(ctx, mla) : mla_prefill(ctx, mla);
+  absorb(c, p.longest) ? mla_decode(ctx, mla) : mla_prefill(ctx, mla);
   linear(ctx, {.x = a.mla_o, .w = w.o_proj, .out = a.hidden, .accumulate = true});
 }
 
@@ -196,7 +203,7 @@ Tensor forward(Ctx& outer, const Model& model, const Batch& batch, State& state,
   Ctx ctx = outer;
   ctx.scratch = &arena;
   const Activations a = make_activations(arena, c, batch, state);
-  const Pass p = {ctx, c, a, state, longest <= kDecodeTokens};
+  const Pass p = {ctx, c, a, state, longest};
   const auto norm = [&](const Tensor& weight) {
     rms_norm(ctx, {.x = a.hidden, .weight = weight, .out = a.normed, .eps = c.rms_norm_eps});
   };

@@ -199,7 +199,7 @@ std::vector<int32_t> random_ids(const TinyModel& m, int least, int most) {
 RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
   const TinyModel shape = random_shape();
   const auto tensors = testing::tiny_tensors(shape);
-  const testing::TemporaryFolder folder;
+  const testing::TempDir folder;
   const Model model = write_and_load(folder.path(), shape, tensors);
   const std::vector<int32_t> ids = random_ids(shape, 1, 40);
   Runner runner(model);
@@ -216,7 +216,7 @@ RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
 RC_GTEST_PROP(Model, AnySplitGivesTheSameLogits, ()) {
   TinyModel shape = random_shape();
   const auto tensors = testing::tiny_tensors(shape);
-  const testing::TemporaryFolder folder;
+  const testing::TempDir folder;
   const Model model = write_and_load(folder.path(), shape, tensors);
   const std::vector<int32_t> ids = random_ids(shape, 2, 90);
   const auto pieces = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(1, 40));

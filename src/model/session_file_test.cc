@@ -16,7 +16,7 @@ namespace {
 
 using testing::TinyModel;
 
-Model tiny(const testing::TemporaryFolder& folder, const TinyModel& m) {
+Model tiny(const testing::TempDir& folder, const TinyModel& m) {
   testing::write_checkpoint(folder.path(), m, testing::tiny_tensors(m));
   return load_model(folder.path());
 }
@@ -88,7 +88,7 @@ class SessionFile : public ::testing::Test {
     return changed;
   }
 
-  testing::TemporaryFolder folder;
+  testing::TempDir folder;
   Model model;
   StateOptions options = {.slots = 2, .max_tokens = 64, .page_size = 8, .poison = 0x55};
   Sequence saved;
@@ -172,7 +172,7 @@ RC_GTEST_FIXTURE_PROP(SessionFile, RandomBytesAreRefused, (std::vector<uint8_t> 
 }
 
 TEST_F(SessionFile, OtherModelsAreRefused) {
-  const testing::TemporaryFolder other;
+  const testing::TempDir other;
   for (const TinyModel& m : {TinyModel{.seed = 2}, TinyModel{.layers = "KMKK"}, TinyModel{.scaling = 2.4}}) {
     EXPECT_NE(refusal(file, tiny(other, m)).find("another model"), std::string::npos);
   }
@@ -183,7 +183,7 @@ TEST_F(SessionFile, OtherModelsAreRefused) {
 }
 
 TEST_F(SessionFile, AModelInSeveralFilesIsTheSame) {
-  const testing::TemporaryFolder other;
+  const testing::TempDir other;
   EXPECT_EQ(fingerprint(tiny(other, {.shards = 3})), fingerprint(model));
 }
 

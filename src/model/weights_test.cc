@@ -4,6 +4,8 @@
 #include <gtest/gtest.h>
 
 #include "model/model.h"
+#include "model/published_config.h"
+#include "testing/checkpoint_48b.h"
 #include "testing/compare.h"
 #include "testing/golden.h"
 #include "testing/tiny_checkpoint.h"
@@ -11,7 +13,7 @@
 namespace kl {
 namespace {
 
-using testing::TemporaryFolder;
+using testing::TempDir;
 using testing::tiny_tensors;
 using testing::TinyModel;
 using testing::write_checkpoint;
@@ -27,7 +29,8 @@ std::string refusal(const std::string& folder) {
 
 TEST(Weights, TheDemoModel) {
   const Model m = load_model(testing::demo_model());
-  // The index file of the checkpoint counts 14526988: it leaves out the correction biases, 8 in each of 7 MoE layers.
+  // The index file of the checkpoint counts 14526988: it leaves out the correction biases, 8 in each of 7 MoE
+  // layers.
   EXPECT_EQ(m.weights.parameters, 14526988 + 7 * 8);
   EXPECT_EQ(m.weights.bytes, 29057296);
   EXPECT_EQ(m.weights.layers[1].moe.experts.size(), 8u);
@@ -43,7 +46,7 @@ TEST(Weights, EveryFormGivesTheSameNumbers) {
       TinyModel shape{
           .transformers_names = names, .a_log_form = form, .conv_rank3 = form != 1, .shards = form + 1};
       const auto tensors = tiny_tensors(shape);
-      const TemporaryFolder folder;
+      const TempDir folder;
       write_checkpoint(folder.path(), shape, tensors);
       const Model m = load_model(folder.path());
       const KdaWeights& kda = m.weights.layers[0].kda;
@@ -59,7 +62,7 @@ TEST(Weights, EveryFormGivesTheSameNumbers) {
 TEST(Weights, TiedEmbeddings) {
   TinyModel shape{.tie = true};
   auto tensors = tiny_tensors(shape);
-  const TemporaryFolder folder;
+  const TempDir folder;
   write_checkpoint(folder.path(), shape, tensors);
   const Model tied = load_model(folder.path());
   EXPECT_EQ(tied.weights.lm_head.data, tied.weights.embed_tokens.data);
@@ -76,7 +79,7 @@ TEST(Weights, PredictionHeadsAreDropped) {
   TinyModel shape;
   auto tensors = tiny_tensors(shape);
   tensors["model.mtp.0.norm.weight"] = make_tensor(DType::f32, {4});
-  const TemporaryFolder folder;
+  const TempDir folder;
   write_checkpoint(folder.path(), shape, tensors);
   EXPECT_EQ(refusal(folder.path()), "");
 }
@@ -90,7 +93,7 @@ TEST(Weights, EverythingWrongIsNamedAtOnce) {
   tensors["model.layers.0.self_attn.v_conv1d.weight"] = make_tensor(DType::f32, {16, 1, 3});
   tensors["model.norm.weight"] = make_tensor(DType::i32, {24});
   tensors["model.layers.1.self_attn.q_a_proj.weight"] = make_tensor(DType::f32, {2, 24});
-  const TemporaryFolder folder;
+  const TempDir folder;
   write_checkpoint(folder.path(), shape, tensors);
   const std::string message = refusal(folder.path());
   for (const char* part :
@@ -104,10 +107,23 @@ TEST(Weights, EverythingWrongIsNamedAtOnce) {
   }
 }
 
+// The published 48B model, in sparse files: all 20,493 tensors fit, and the counts are the published ones.
+TEST(Weights, ThePublishedModel) {
+  const testing::TempDir folder;
+  if (!testing::write_48b_checkpoint(folder, testing::kimi_linear_48b(),
+                                     testing::published_48b_config().dump())) {
+    GTEST_SKIP() << "no sparse files on the file system of " << folder.path();
+  }
+  const Model m = load_model(folder.path());
+  EXPECT_EQ(m.weights.parameters, 49'122'681'728);
+  EXPECT_EQ(m.weights.active_parameters, 3'106'972'544);
+  EXPECT_EQ(m.weights.bytes, 98'245'528'576);
+}
+
 // A configuration may ask for a billion experts' tensors: the message ends somewhere, and soon.
 TEST(Weights, AnAbsurdConfigurationEndsSoon) {
   TinyModel shape;
-  const TemporaryFolder folder;
+  const TempDir folder;
   write_checkpoint(folder.path(), shape, tiny_tensors(shape));
   TinyModel absurd{.layers = std::string(4000, 'M'), .experts = 60000};
   std::ofstream(folder.path() + "/config.json") << testing::config_json(absurd);
