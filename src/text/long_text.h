@@ -1,6 +1,8 @@
 // Long texts are encoded in pieces, as Kimi's tokenizer does: blocks of 400,000 characters, and within a
 // block a cut before the character that would make a run of whitespace, or of anything else, 25,001 long. So
 // no pre-token is longer than 25,000 characters. Ill-formed bytes count as one character per maximal subpart.
+// What is cut is the text between special tokens, each stretch counted from its own beginning, so that no
+// special token is ever cut apart.
 #pragma once
 
 #include <cstdint>
