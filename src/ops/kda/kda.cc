@@ -3,6 +3,10 @@
 #include "ops/kda/kda.h"
 
 #include "ops/kda/kda_head.h"
+#ifdef KL_CUDA
+#include "cuda/launch.h"
+#include "ops/kda/kda_cuda.h"
+#endif
 
 namespace kl {
 namespace kda {
@@ -38,10 +42,21 @@ void check_call(const Ctx& ctx, const KdaArgs& args) {
   kda_check(args);
 }
 
+#ifdef KL_CUDA
+// Code for sm_90a runs on no other part, so equality.
+bool takes_sm90(const KdaArgs& args) {
+  return cuda::current_device().arch == 90 && cuda::kda_prefill_sm90_takes(args);
+}
+
+void prefill_cuda(const Ctx& ctx, const KdaArgs& args) {
+  takes_sm90(args) ? cuda::kda_prefill_sm90(ctx, args) : cuda::kda_prefill(ctx, args);
+}
+#else
 [[noreturn]] void fail_without_cuda() {
   detail::fail(
       "kda: the tensors are on a GPU, but this build has no CUDA kernels (configure with KL_CUDA=ON)");
 }
+#endif
 
 // Every input read and every output written once, and each state both.
 double bytes_moved(const KdaArgs& args) {
@@ -77,8 +92,23 @@ void kda_prefill(Ctx& ctx, const KdaArgs& args) {
       const TraceScope trace(ctx.trace, "kda_prefill", bytes_moved(args), prefill_flops(args));
       return kda::for_each_head(ctx.pool, args, kda::chunk_head);
     }
-    case Device::cuda: fail_without_cuda();
+    case Device::cuda: {
+#ifdef KL_CUDA
+      const TraceScope trace(ctx.trace, "kda_prefill", bytes_moved(args), prefill_flops(args));
+      return prefill_cuda(ctx, args);
+#else
+      fail_without_cuda();
+#endif
+    }
   }
+}
+
+int64_t kda_workspace_bytes(const KdaArgs& args) {
+#ifdef KL_CUDA
+  if (args.q.device == Device::cuda && takes_sm90(args)) return cuda::kda_prefill_sm90_workspace(args);
+#endif
+  (void)args;
+  return 0;
 }
 
 void kda_decode(Ctx& ctx, const KdaArgs& args) {
@@ -88,7 +118,14 @@ void kda_decode(Ctx& ctx, const KdaArgs& args) {
       const TraceScope trace(ctx.trace, "kda_decode", bytes_moved(args), decode_flops(args));
       return kda::for_each_head(ctx.pool, args, kda::recurrent_head<float>);
     }
-    case Device::cuda: fail_without_cuda();
+    case Device::cuda: {
+#ifdef KL_CUDA
+      const TraceScope trace(ctx.trace, "kda_decode", bytes_moved(args), decode_flops(args));
+      return cuda::kda_decode(ctx, args);
+#else
+      fail_without_cuda();
+#endif
+    }
   }
 }
 

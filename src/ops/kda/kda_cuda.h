@@ -22,8 +22,10 @@ void kda_decode_pipeline(const Ctx&, const KdaArgs&);
 bool kda_step_takes(const KdaStepArgs&);
 void kda_step(const Ctx&, const KdaStepArgs&);
 
-// Chunkwise with mma.sync: sm_80 and up, any K and V up to 256.
+// Chunkwise with mma.sync: sm_80 and up, any K and V up to 256; no workspace. The first leaves short
+// sequences to kda_decode().
 void kda_prefill(const Ctx&, const KdaArgs&);
+void kda_prefill_chunks(const Ctx&, const KdaArgs&);
 
 // Chunkwise with wgmma, sm_90 only: K = V = 64 or 128, q, k, v and out in bf16, rows of q, k, v, g and out
 // that start at multiples of 16 bytes. Ask first whether it takes the arguments; their workspace may be

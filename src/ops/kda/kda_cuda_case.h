@@ -14,7 +14,7 @@
 #include "testing/compare.h"
 #include "testing/random.h"
 
-namespace kl::testing {
+namespace kl::testing::gpu {
 
 // How strongly the gates forget.
 enum class Decay {
@@ -284,4 +284,4 @@ inline KdaErrors compare(const KdaProblem& problem, const KdaProblem::Reference&
   return e;
 }
 
-}  // namespace kl::testing
+}  // namespace kl::testing::gpu

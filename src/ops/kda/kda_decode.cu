@@ -69,19 +69,6 @@ KL_DEVICE float sum_of_four(const float* x) {
   return four.x + four.y + four.z + four.w;
 }
 
-// The first checkpoint whose row lies behind `row`; p.checkpoints if none does.
-KL_DEVICE int first_checkpoint(const StepParams& p, int64_t row) {
-  int low = 0, high = p.checkpoints;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (p.checkpoint_row[middle] > row)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
-}
-
 // kFull: K = KP, V a multiple of 16 P, everything aligned for vectors.
 template <int KP, int P, bool kFull, bool kVFirst, class State>
 __global__ void __launch_bounds__(kThreads, KP == 256 ? 2 : 4)
@@ -125,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, KP == 256 ? 2 : 4)
                                       [](State* to, float x) { *to = from_float<State>(x); });
   };
 
-  int checkpoint = p.checkpoints > 0 ? first_checkpoint(p, work.begin) : 0;
+  int checkpoint = first_checkpoint(p, work.begin);
 
   for (int64_t row = work.begin; row < work.end; ++row) {
     Prepared<KP>& prepared = shared[row % 2];

@@ -215,4 +215,17 @@ KL_DEVICE SequenceWork sequence_work(const StepParams& p, int n) {
   return w;
 }
 
+// The first checkpoint whose row lies behind `row`; p.checkpoints if none does.
+KL_DEVICE int first_checkpoint(const StepParams& p, int64_t row) {
+  int low = 0, high = p.checkpoints;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (p.checkpoint_row[middle] > row)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
 }  // namespace kl::cuda

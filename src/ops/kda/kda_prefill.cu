@@ -1,0 +1,396 @@
+// KDA by chunks of 16 tokens with mma.sync: every GPU from sm_80 on, any K and V up to 256, any gate. Made to
+// be right first: products with the state run as three bf16 products of halves (hi·hi + hi·lo + lo·hi, an
+// error near 2^-16), everything inside a chunk in f32, so results stand within 1e-4 of the definition for f32
+// and bf16 inputs alike.
+//
+// A block owns up to 128 value channels of one (sequence, value head) and walks over its chunks; a warp keeps
+// 16 of them as a transposed state S[v][k] in accumulator registers, which are also the left operand of the
+// products with the state. With G the sums of log2-decays inside the chunk (spec of the recurrence: kda.h):
+//
+//   L_ij = beta_i Σ_k k_i k_j 2^(G_i - G_j), j < i      A_ij = scale Σ_k q_i k_j 2^(G_i - G_j), j <= i
+//   W_i = S (k_i 2^G_i)        Q_i = scale S (q_i 2^G_i)
+//   delta_i = beta_i (v_i - W_i) - Σ_{j<i} L_ij delta_j          by substitution, a thread per value channel
+//   o_i = Q_i + Σ_{j<=i} A_ij delta_j
+//   S <- S 2^G_15 + Σ_i delta_i (k_i 2^(G_15 - G_i))ᵀ
+//
+// Every power is of a sum that is not positive: nothing overflows for any gate, and what underflows is really
+// 0. A log2-decay is held at -150 first, where 2^x is 0 in f32 already: so that sums stay finite and
+// differences exact enough behind a step of -inf. Tokens past the end of the sequence have k = q = v = beta =
+// 0 and no decay.
+#include <algorithm>
+
+#include "cuda/launch.h"
+#include "cuda/reduce.cuh"
+#include "ops/kda/kda_cuda.h"
+#include "ops/kda/kda_tile.cuh"
+
+namespace kl::cuda {
+namespace {
+
+constexpr int kChunk = 16, kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kWidth = 16 * kWarps;  // value channels of a block
+constexpr float kLog2e = 1.44269504f, kLeastDecay = -150.f;
+
+// Shared memory. Rows are padded so that the eight rows of a matrix fragment start in different banks.
+template <int KP>
+struct Shared {
+  static constexpr int kRow = KP + 4;   // floats
+  static constexpr int kHalf = KP + 8;  // bf16
+  struct Inputs {
+    float q[kChunk][kRow], k[kChunk][kRow],
+        G[kChunk][kRow];  // q holds `scale`; G: log2-decays, then their sums
+  };
+  struct Factors {  // {hi, lo}
+    uint16_t kg[2][kChunk][kHalf], qg[2][kChunk][kHalf], kr[2][kChunk][kHalf];
+  };
+  union alignas(16) {
+    Inputs in;
+    Factors factors;  // after the triangles are done
+  };
+  float decay[KP];                                       // 2^G_15
+  float W[kChunk][kWidth + 4], Q[kChunk][kWidth + 4];    // products with the state
+  float L[kChunk][kChunk], A[kChunk][kChunk];            // triangles; beta is put into L at the end
+  float L_rest[kChunk][kChunk], A_rest[kChunk][kChunk];  // the second half of their channels
+  uint16_t delta[2][kWidth][kChunk + 8];                 // {hi, lo}
+  float beta[kChunk];
+};
+
+// What a thread loads of a chunk: of token threadIdx.x / 16 the channels threadIdx.x % 16 + 16 m.
+template <int KP>
+struct RawChunk {
+  RawElement q[KP / 16], k[KP / 16], g[KP / 16], v[kWidth / 16], beta;
+};
+template <int KP>
+KL_DEVICE void load_chunk(RawChunk<KP>& raw, const StepParams& p, int64_t row, bool valid, int head, int v0) {
+  raw = {};
+  if (!valid) return;
+  const int c0 = threadIdx.x % 16;
+  const int64_t qk = qk_head(p, head), q = offset_of(p.q, row, qk), k = offset_of(p.k, row, qk);
+  const int64_t g = offset_of(p.g, row, head), v = offset_of(p.v, row, head) + v0;
+#pragma unroll
+  for (int m = 0; m < KP / 16; ++m) {
+    const int c = c0 + 16 * m;
+    if (c < p.K)
+      raw.q[m] = load_raw(p.q, q + c), raw.k[m] = load_raw(p.k, k + c), raw.g[m] = load_raw(p.g, g + c);
+  }
+#pragma unroll
+  for (int m = 0; m < kWidth / 16; ++m)
+    if (v0 + c0 + 16 * m < p.V) raw.v[m] = load_raw(p.v, v + c0 + 16 * m);
+  raw.beta = load_raw(p.beta, offset_of(p.beta, row, head));
+}
+
+// Normalised keys and queries, log2-decays, values and beta of a chunk -> shared memory. The values stand in
+// the place of Q until their channels' threads have taken them.
+template <int KP>
+KL_DEVICE void prepare_inputs(Shared<KP>& s, const RawChunk<KP>& raw, const StepParams& p, bool valid,
+                              float factor, const float* dt_bias) {
+  const int i = threadIdx.x / 16, c0 = threadIdx.x % 16;
+  float kk = 0, qq = 0;
+#pragma unroll
+  for (int m = 0; m < KP / 16; ++m) {
+    const float k = value_of(p.k, raw.k[m]), q = value_of(p.q, raw.q[m]);
+    kk = fmaf(k, k, kk), qq = fmaf(q, q, qq);
+  }
+  const Scales scales = scales_of(lanes_sum<15>(kk), lanes_sum<15>(qq), 0.f, p.l2norm, p.l2_eps, p.scale);
+#pragma unroll
+  for (int m = 0; m < KP / 16; ++m) {
+    const int c = c0 + 16 * m;
+    s.in.k[i][c] = value_of(p.k, raw.k[m]) * scales.k;
+    s.in.q[i][c] = value_of(p.q, raw.q[m]) * scales.q;
+    const float g = log_decay(p.gate, factor,
+                              value_of(p.g, raw.g[m]) + (dt_bias == nullptr || c >= p.K ? 0.f : dt_bias[c]));
+    s.in.G[i][c] = !valid ? 0.f : g * kLog2e < kLeastDecay ? kLeastDecay : g * kLog2e;  // NaN stays NaN
+  }
+#pragma unroll
+  for (int m = 0; m < kWidth / 16; ++m) s.Q[i][c0 + 16 * m] = value_of(p.v, raw.v[m]);
+  if (c0 == 0) s.beta[i] = valid ? write_strength(p.beta_kind, value_of(p.beta, raw.beta)) : 0.f;
+}
+
+// Log2-decays -> their sums from the chunk's first token on.
+template <int KP>
+KL_DEVICE void sum_decays(Shared<KP>& s) {
+  for (int c = threadIdx.x; c < KP; c += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) s.in.G[i][c] = sum += s.in.G[i][c];
+    s.decay[c] = exp2_approx(sum);
+  }
+}
+
+// The two triangles. A pair (i, j < i) is shared by the threads (i, j), first half of the channels, and (j,
+// i), second half; pairs on the diagonal have no power to take.
+template <int KP>
+KL_DEVICE void triangles(Shared<KP>& s) {
+  const int x = threadIdx.x / 16, y = threadIdx.x % 16, i = max(x, y), j = min(x, y);
+  const int begin = x < y ? KP / 2 : 0, end = x > y ? KP / 2 : KP;
+  float kk = 0, qk = 0;
+  for (int c = begin; c < end; c += 4) {
+    float Gi[4], Gj[4], ki[4], kj[4], qi[4];
+    load_channels(Gi, s.in.G[i], c), load_channels(Gj, s.in.G[j], c);
+    load_channels(ki, s.in.k[i], c), load_channels(kj, s.in.k[j], c), load_channels(qi, s.in.q[i], c);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float decayed = kj[e] * exp2_approx(Gi[e] - Gj[e]);
+      kk = fmaf(ki[e], decayed, kk), qk = fmaf(qi[e], decayed, qk);
+    }
+  }
+  (x < y ? s.L_rest : s.L)[i][j] = kk;
+  (x < y ? s.A_rest : s.A)[i][j] = qk;
+}
+
+// {hi, lo} bf16 of a float.
+struct Halves {
+  uint16_t hi, lo;
+};
+KL_DEVICE Halves halves_of(float x) {
+  const bf16 hi = from_float<bf16>(x);
+  return {hi.bits, from_float<bf16>(x - to_float(hi)).bits};
+}
+
+// Keys and queries with the decays of their tokens, in the place of the inputs; the triangles complete. All
+// threads enter and leave together.
+template <int KP>
+KL_DEVICE void make_factors(Shared<KP>& s) {
+  const int i = threadIdx.x / 16, c0 = threadIdx.x % 16;
+  float q[KP / 16], k[KP / 16], G[KP / 16], rest[KP / 16];
+#pragma unroll
+  for (int m = 0; m < KP / 16; ++m) {
+    const int c = c0 + 16 * m;
+    q[m] = s.in.q[i][c], k[m] = s.in.k[i][c], G[m] = s.in.G[i][c];
+    rest[m] = s.in.G[kChunk - 1][c] - G[m];
+  }
+  __syncthreads();  // the inputs have been read; their place may be written
+  if (c0 < i) {
+    s.L[i][c0] = s.beta[i] * (s.L[i][c0] + s.L_rest[i][c0]);
+    s.A[i][c0] += s.A_rest[i][c0];
+  }
+#pragma unroll
+  for (int m = 0; m < KP / 16; ++m) {
+    const int c = c0 + 16 * m;
+    const float decay = exp2_approx(G[m]);
+    const Halves kg = halves_of(k[m] * decay), qg = halves_of(q[m] * decay),
+                 kr = halves_of(k[m] * exp2_approx(rest[m]));
+    s.factors.kg[0][i][c] = kg.hi, s.factors.kg[1][i][c] = kg.lo;
+    s.factors.qg[0][i][c] = qg.hi, s.factors.qg[1][i][c] = qg.lo;
+    s.factors.kr[0][i][c] = kr.hi, s.factors.kr[1][i][c] = kr.lo;
+  }
+  __syncthreads();  // the factors become visible to all warps
+}
+
+// A warp's part of the state, transposed: S[n] is the accumulator fragment of value channels (16) x key
+// channels 8 n to 8 n + 7. With g = lane / 4, t = lane % 4 its elements are (g, 2t), (g, 2t + 1), (g + 8,
+// 2t), (g + 8, 2t + 1).
+template <int KP>
+using WarpState = float[KP / 8][4];
+
+// The bf16 halves of two neighbouring accumulator fragments are left operands of a 16 x 16 product.
+KL_DEVICE void left_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float (&x)[4], const float (&y)[4]) {
+  const float pairs[4][2] = {{x[0], x[1]}, {x[2], x[3]}, {y[0], y[1]}, {y[2], y[3]}};
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    hi[r] = pack_bf16(pairs[r][0], pairs[r][1]);
+    lo[r] = pack_bf16(pairs[r][0] - __uint_as_float(hi[r] << 16),
+                      pairs[r][1] - __uint_as_float(hi[r] & 0xffff0000u));
+  }
+}
+KL_DEVICE void mma_halves(float (&d)[4], const uint32_t (&a_hi)[4], const uint32_t (&a_lo)[4],
+                          const uint32_t* b_hi, const uint32_t* b_lo) {
+  mma_bf16(d, a_lo, b_hi[0], b_hi[1]);
+  mma_bf16(d, a_hi, b_lo[0], b_lo[1]);
+  mma_bf16(d, a_hi, b_hi[0], b_hi[1]);
+}
+
+// W = S kgᵀ and Q = S qgᵀ of the warp's value channels, for all 16 tokens.
+template <int KP>
+KL_DEVICE void products_with_state(Shared<KP>& s, const WarpState<KP>& S) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float W[2][4] = {}, Q[2][4] = {};
+#pragma unroll
+  for (int c = 0; c < KP; c += 16) {
+    uint32_t hi[4], lo[4], kg[2][4], qg[2][4];
+    left_operand(hi, lo, S[c / 8], S[c / 8 + 1]);
+    // Matrices of ldmatrix: tokens 0-7 then 8-15, channels c then c + 8.
+    const int row = lane % 8 + lane / 16 * 8, column = c + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      ldmatrix_x4(kg[half], smem_address(&s.factors.kg[half][row][column]));
+      ldmatrix_x4(qg[half], smem_address(&s.factors.qg[half][row][column]));
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      mma_halves(W[n], hi, lo, kg[0] + 2 * n, kg[1] + 2 * n);
+      mma_halves(Q[n], hi, lo, qg[0] + 2 * n, qg[1] + 2 * n);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int token = 8 * n + 2 * (lane % 4) + e % 2, v = 16 * warp + lane / 4 + e / 2 * 8;
+      s.W[token][v] = W[n][e];
+      s.Q[token][v] = Q[n][e];
+    }
+}
+
+// Substitution and outputs of one value channel.
+template <int KP>
+KL_DEVICE void solve(Shared<KP>& s, const StepParams& p, const float (&values)[kChunk], int64_t row,
+                     int tokens, int head, int v0) {
+  const int v = threadIdx.x;
+  float delta[kChunk];
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    float sum = s.beta[i] * (values[i] - s.W[i][v]);
+#pragma unroll
+    for (int j = 0; j < i; ++j) sum = fmaf(-s.L[i][j], delta[j], sum);
+    delta[i] = sum;
+    const Halves halves = halves_of(sum);
+    s.delta[0][v][i] = halves.hi, s.delta[1][v][i] = halves.lo;
+  }
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    if (i >= tokens) break;
+    float o = fmaf(s.A[i][i], delta[i], s.Q[i][v]);
+#pragma unroll
+    for (int j = 0; j < i; ++j) o = fmaf(s.A[i][j], delta[j], o);
+    if (v0 + v < p.V) store_element(p.out, offset_of(p.out, row + i, head) + v0 + v, o);
+  }
+}
+
+// S <- S 2^G_15 + deltaᵀ kr of the warp's value channels.
+template <int KP>
+KL_DEVICE void update_state(WarpState<KP>& S, const Shared<KP>& s) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t hi[4], lo[4];
+  const int v = 16 * warp + lane % 16, first = lane / 16 * 8;
+  ldmatrix_x4(hi, smem_address(&s.delta[0][v][first]));
+  ldmatrix_x4(lo, smem_address(&s.delta[1][v][first]));
+#pragma unroll
+  for (int c = 0; c < KP; c += 16) {
+    uint32_t kr[2][4];
+    // Transposed matrices: tokens 0-7 then 8-15 of channels c, then of c + 8.
+    const int row = lane % 16, column = c + lane / 16 * 8;
+    ldmatrix_x4_trans(kr[0], smem_address(&s.factors.kr[0][row][column]));
+    ldmatrix_x4_trans(kr[1], smem_address(&s.factors.kr[1][row][column]));
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      float(&d)[4] = S[c / 8 + n];
+      const float2 decay = load2(s.decay + c + 8 * n + 2 * (lane % 4));
+      d[0] *= decay.x, d[1] *= decay.y, d[2] *= decay.x, d[3] *= decay.y;
+      mma_halves(d, hi, lo, kr[0] + 2 * n, kr[1] + 2 * n);
+    }
+  }
+}
+
+// Calls f(element, x) for the lane's elements of the state inside K x V. `state` is the head's.
+template <int KP, class State, class F>
+KL_DEVICE void for_each_element(WarpState<KP>& S, State* state, const StepParams& p, bool v_first, int v0,
+                                F&& f) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int n = 0; n < KP / 8; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int k = 8 * n + 2 * (lane % 4) + e % 2, v = v0 + 16 * warp + lane / 4 + e / 2 * 8;
+      if (k < p.K && v < p.V) f(state + (v_first ? v * p.row_stride + k : k * p.row_stride + v), S[n][e]);
+    }
+}
+
+template <int KP, class State>
+__global__ void __launch_bounds__(kThreads, 1)
+    kda_prefill_kernel(const __grid_constant__ StepParams p, bool v_first, int first_sequence) {
+  follow_previous_kernel();
+  extern __shared__ float4 memory[];
+  auto& s = *reinterpret_cast<Shared<KP>*>(memory);
+  const int head = blockIdx.y, v0 = blockIdx.x * kWidth;
+  const SequenceWork work = sequence_work(p, first_sequence + blockIdx.z);
+  if (work.idle()) return;
+
+  const auto head_state = [&](int slot) {
+    return static_cast<State*>(p.state) + slot * p.slot_stride + head * p.head_stride;
+  };
+  WarpState<KP> S = {};
+  const auto leave_state = [&](int slot) {
+    if (slot >= 0)
+      for_each_element<KP>(S, head_state(slot), p, v_first, v0,
+                           [](State* to, float x) { *to = from_float<State>(x); });
+  };
+  if (work.slot >= 0)
+    for_each_element<KP>(S, head_state(work.slot), p, v_first, v0,
+                         [](State* from, float& x) { x = to_float(*from); });
+
+  const float factor = expf(A_log_of(p.gate, head));
+  const bool biased = p.gate.dt_bias != nullptr && p.gate.kind != KdaGateKind::log_decay;
+  const float* dt_bias = biased ? p.gate.dt_bias + head * p.gate.dt_stride : nullptr;
+  int checkpoint = first_checkpoint(p, work.begin);
+
+  constexpr bool kAhead = KP < 256;  // operands are loaded a chunk ahead, where registers allow it
+  RawChunk<KP> raw;
+  const int64_t mine = threadIdx.x / 16;  // token of the chunk that this thread loads
+  const auto load = [&](int64_t row) { load_chunk(raw, p, row + mine, row + mine < work.end, head, v0); };
+  if (kAhead) load(work.begin);
+  for (int64_t row = work.begin; row < work.end; row += kChunk) {
+    const int tokens = static_cast<int>(min(work.end - row, static_cast<int64_t>(kChunk)));
+    if (!kAhead) load(row);
+    prepare_inputs(s, raw, p, mine < tokens, factor, dt_bias);
+    if (kAhead) load(row + kChunk);
+    __syncthreads();  // inputs and values become visible
+    float values[kChunk];
+    if (threadIdx.x < kWidth)
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) values[i] = s.Q[i][threadIdx.x];
+    sum_decays(s);
+    __syncthreads();  // sums become visible; the values have been taken
+    triangles(s);
+    __syncthreads();  // the triangles are done with the inputs
+    make_factors(s);
+    products_with_state(s, S);
+    __syncthreads();  // W and Q become visible to the value channels' threads
+    if (threadIdx.x < kWidth) solve(s, p, values, row, tokens, head, v0);
+    __syncthreads();  // delta becomes visible to the warps
+    update_state(S, s);
+    while (checkpoint < p.checkpoints && p.checkpoint_row[checkpoint] <= row + tokens) {
+      if (p.checkpoint_row[checkpoint] == row + tokens) leave_state(p.checkpoint_slot[checkpoint]);
+      ++checkpoint;
+    }
+    __syncthreads();  // the factors have been read; the next inputs may take their place
+  }
+  leave_state(work.slot_out);
+}
+
+template <int KP>
+void launch_prefill(const Ctx& ctx, const KdaArgs& a, const StepParams& p) {
+  constexpr int kMostSequences = 65535;  // of a launch, by the limit on grid.z
+  KL_CHECK(p.Hv <= 65535, "kda: expected at most 65535 value heads, found ", p.Hv);
+  for (int first = 0; first < p.N; first += kMostSequences) {
+    const LaunchConfig config{
+        .grid = dim3(static_cast<unsigned>((p.V + kWidth - 1) / kWidth), static_cast<unsigned>(p.Hv),
+                     static_cast<unsigned>(std::min(p.N - first, kMostSequences))),
+        .block = dim3(kThreads),
+        .smem = sizeof(Shared<KP>),
+        .stream = static_cast<cudaStream_t>(ctx.stream),
+        .overlap_previous = true};
+    if (a.state && a.state.dtype == DType::bf16)
+      launch(kda_prefill_kernel<KP, bf16>, config, p, a.state_v_first, first);
+    else
+      launch(kda_prefill_kernel<KP, float>, config, p, a.state_v_first, first);
+  }
+}
+
+}  // namespace
+
+void kda_prefill(const Ctx& ctx, const KdaArgs& a) {
+  const StepParams p = step_params(a);
+  // Sequences of less than a chunk or two go faster token by token.
+  if (a.q.size(0) < 2 * kChunk * int64_t(p.N)) return kda_decode(ctx, a);
+  kda_prefill_chunks(ctx, a);
+}
+
+void kda_prefill_chunks(const Ctx& ctx, const KdaArgs& a) {
+  const StepParams p = step_params(a);
+  if (p.K <= 64) return launch_prefill<64>(ctx, a, p);
+  if (p.K <= 128) return launch_prefill<128>(ctx, a, p);
+  launch_prefill<256>(ctx, a, p);
+}
+
+}  // namespace kl::cuda
