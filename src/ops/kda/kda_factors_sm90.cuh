@@ -12,9 +12,10 @@
 // channel % 2. The same registers are the left operand of a product over channels and the right one of
 // another, so L and A never leave them.
 //
-// The decays of L and A are split at the middle of the chunk, e^(G_i - Gm) · e^(Gm - G_j): good as long as
-// both halves of the chunk decay by less than 2^100 in every channel. Where they do not, those 16 channels
-// take every pair (i, j) by itself. Entries above the diagonal may be inf and are never looked at.
+// The decays of L and A are split at the middle of the chunk, e^(G_i - Gm) · e^(Gm - G_j): good as long as no
+// channel decays by more than about 2^118 in the chunk (a gate bounded at -5 never does). Where one does, its
+// 16 channels take every pair (i, j) by itself. Entries above the diagonal may be inf and are never looked
+// at.
 #pragma once
 
 #include "ops/kda/kda_pipeline_sm90.cuh"
@@ -28,38 +29,41 @@ constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is
 KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
 KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-// log2 of the decay of `kCount` elements whose raw gates are z; bias[i % 2] is added first.
+// What turns a raw gate and its bias into log2 of a decay.
 struct GateForm {
   KdaGateKind kind;
   float in, out;  // factors before and after the nonlinear part
 };
 KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
-  const float rate = gate_factor(gate, head);
+  const float rate = gate.A_log != nullptr ? expf(gate.A_log[head]) : 1.f;
   switch (gate.kind) {
     case KdaGateKind::softplus: return {gate.kind, kLog2e, -rate};
     case KdaGateKind::bounded: return {gate.kind, -kLog2e * rate, gate.lower_bound * kLog2e};
     default: return {gate.kind, kLog2e, 1.f};
   }
 }
-KL_DEVICE float log2_decay_softplus(const GateForm& f, float x) {
-  const float y = x * f.in, u = exp2_approx(-fabsf(y));
+KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
+  const float u = exp2_approx(-fabsf(y));
   // log2(1 + u): where u is small 1 + u would round it away, and slow gates act over a million tokens.
   const float series = kLog2e * u * fmaf(u, fmaf(u, fmaf(u, -0.25f, 1.f / 3), -0.5f), 1.f);
   return f.out * (fmaxf(y, 0.f) + (u < 0.0625f ? series : log2_approx(1.f + u)));
 }
-KL_DEVICE void log2_decays(const GateForm& f, float (&x)[8]) {
+// Elements e / 4 = 0 and 1 have one bias each.
+KL_DEVICE void log2_decays(const GateForm& f, const float (&bias)[2], float (&x)[8]) {
+  const float b[2] = {bias[0] * f.in, bias[1] * f.in};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) x[e] = fmaf(x[e], f.in, b[e / 4]);
   if (f.kind == KdaGateKind::bounded) {
 #pragma unroll
-    for (float& e : x) e = f.out * rcp_approx(1.f + exp2_approx(e * f.in));
+    for (float& e : x) e = f.out * rcp_approx(1.f + exp2_approx(e));
   } else if (f.kind == KdaGateKind::softplus) {
 #pragma unroll
     for (float& e : x) e = log2_decay_softplus(f, e);
-  } else {
-#pragma unroll
-    for (float& e : x) e *= f.in;
   }
+  if (f.kind != KdaGateKind::bounded || f.out < kMinLogDecay) {
 #pragma unroll
-  for (float& e : x) e = fmaxf(e, kMinLogDecay);
+    for (float& e : x) e = fmaxf(e, kMinLogDecay);
+  }
 }
 
 template <int D, bool kGateF32>
@@ -85,7 +89,7 @@ class Producer {
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const bool end = info.item == Item::none;
-      if (!end) chunk(turn.slot, info);
+      if (info.rows > 0) chunk(turn.slot, info);
       fence_proxy_async();  // the factors become visible to the tensor cores
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.ready(turn.slot));
@@ -101,10 +105,10 @@ class Producer {
   uint32_t sums[4];
   float* scratch;
 
-  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels of kPanelBytes.
-  template <uint32_t kPanelBytes>
+  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels kApart bytes apart.
+  template <uint32_t kApart>
   KL_DEVICE uint32_t block(uint32_t region, int step) const {
-    return region + step / 4 * kPanelBytes + piece_at(lane % 16, 2 * (step % 4) + lane / 16);
+    return region + step / 4 * kApart + piece_at(lane % 16, 2 * (step % 4) + lane / 16);
   }
 
   // 1 / |x| of tokens g and g + 8, from the diagonal of x x^T.
@@ -113,35 +117,45 @@ class Producer {
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       uint32_t x[4];
-      ldmatrix_x4(x, block<4096>(region, step));
-      mma_bf16(d0, x, x[0], x[2]);
-      mma_bf16(d1, x, x[1], x[3]);
+      ldmatrix_x4(x, block<2 * R::kPanelBytes>(region, step));
+      mma_bf16_k8(d0, x[0], x[1], x[0]);
+      mma_bf16_k8(d1, x[0], x[1], x[1]);
+      mma_bf16_k8(d0, x[2], x[3], x[2]);
+      mma_bf16_k8(d1, x[2], x[3], x[3]);
     }
-    const int from = lane & ~3 | g / 2;
+    const int from = (lane & ~3) | g / 2;
     inverse[0] = rsqrt_approx(__shfl_sync(0xffffffffu, g % 2 ? d0[1] : d0[0], from) + p.l2_eps);
     inverse[1] = rsqrt_approx(__shfl_sync(0xffffffffu, g % 2 ? d1[3] : d1[2], from) + p.l2_eps);
   }
 
-  // Log-decays of tokens 2t, 2t + 1, 2t + 8, 2t + 9 (registers' order) of channels g, g + 8: right operands.
-  KL_DEVICE void load_gate(int slot, const GateForm& form, const float* bias, int rows, int step,
-                           float (&x)[8]) const {
+  // Raw gates of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands), and their biases:
+  // on their way while the step before is worked on.
+  struct RawGate {
+    uint32_t x[kGateF32 ? 8 : 4];
+    float bias[2];
+  };
+  KL_DEVICE void load_gate(int slot, const float* bias, int step, RawGate& raw) const {
     if constexpr (kGateF32) {
-      const float* raw = reinterpret_cast<const float*>(ring.memory + R::kGate + slot * 16 * R::kGateRow);
+      const char* from = ring.memory + R::kGate + slot * R::kGateBytes;
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        x[e] = raw[(2 * t + e % 2 + e / 2 % 2 * 8) * (R::kGateRow / 4) + 16 * step + g + e / 4 * 8];
+      for (int e = 0; e < 8; ++e) {
+        const int row = 2 * t + e % 2 + e / 2 % 2 * 8, channel = 16 * step + g + e / 4 * 8;
+        raw.x[e] = *reinterpret_cast<const uint32_t*>(from + channel / 32 * R::kPanelBytes +
+                                                      piece_at(row, channel % 32 / 4) + channel % 4 * 4);
+      }
     } else {
-      uint32_t raw[4];
-      ldmatrix_x4_trans(raw, block<2048>(ring.slot(slot) + R::kWrite, step));
-#pragma unroll
-      for (int i = 0; i < 4; ++i) x[2 * i] = low_half(raw[i]), x[2 * i + 1] = high_half(raw[i]);
+      ldmatrix_x4_trans(raw.x, block<R::kPanelBytes>(ring.slot(slot) + R::kWrite, step));
     }
-    if (bias != nullptr) {
-      const float b0 = __ldg(bias + 16 * step + g), b1 = __ldg(bias + 16 * step + g + 8);
+    if (bias != nullptr)
+      raw.bias[0] = __ldg(bias + 16 * step + g), raw.bias[1] = __ldg(bias + 16 * step + g + 8);
+  }
+  KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) x[e] += b0, x[4 + e] += b1;
-    }
-    log2_decays(form, x);
+    for (int e = 0; e < 8; ++e)
+      x[e] = kGateF32 ? __uint_as_float(raw.x[kGateF32 ? e : 0])
+             : e % 2  ? high_half(raw.x[e / 2])
+                      : low_half(raw.x[e / 2]);
+    log2_decays(form, raw.bias, x);
     if (rows < kChunkTokens) {
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -167,8 +181,9 @@ class Producer {
 
   // Adds to L and A what 16 channels give, pair by pair. The differences of sums over one side of the middle
   // are sums over the tokens between.
-  KL_DEVICE void add_pairs(uint32_t pair, int step, const float (&sum)[8], const float (&k_scale)[2],
-                           const float (&q_scale)[2], float (&L)[2][4], float (&A)[2][4]) const {
+  KL_DEVICE void add_pairs(uint32_t pair, int step, int rows, const float (&sum)[8],
+                           const float (&k_scale)[2], const float (&q_scale)[2], float (&L)[2][4],
+                           float (&A)[2][4]) const {
     float* sums_of = scratch;  // [token][channel]
     __syncwarp();
 #pragma unroll
@@ -176,30 +191,66 @@ class Producer {
     __syncwarp();
     const char* memory = ring.memory - ring.base();
     const auto element = [&](uint32_t region, int row, int channel) {
-      return to_float(*reinterpret_cast<const bf16*>(
-          memory + region + step / 4 * 4096 + piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
+      return to_float(*reinterpret_cast<const bf16*>(memory + region + step / 4 * 2 * R::kPanelBytes +
+                                                     piece_at(row, 2 * (step % 4) + channel / 8) +
+                                                     channel % 8 * 2));
     };
 #pragma unroll 1
     for (int e = 0; e < 8; ++e) {  // L[e / 4][e % 4]
       const int i = g + e % 4 / 2 * 8, j = 2 * t + e % 2 + e / 4 * 8;
       const float kj = __shfl_sync(0xffffffffu, k_scale[0], 4 * (j % 8));
       const float kj8 = __shfl_sync(0xffffffffu, k_scale[1], 4 * (j % 8));
-      if (i < j) continue;
+      if (i < j || i >= rows) continue;
       float kk = 0, qk = 0;
 #pragma unroll 1
       for (int c = 0; c < 16; ++c) {
         const float w = element(pair, j, c) * exp2_approx(sums_of[i * 17 + c] - sums_of[j * 17 + c]);
         kk = fmaf(element(pair, i, c), w, kk);
-        qk = fmaf(element(pair + 2048, i, c), w, qk);
+        qk = fmaf(element(pair + R::kPanelBytes, i, c), w, qk);
       }
       const float scale_j = j < 8 ? kj : kj8;
-      const float l = -kk * scale_j * (i < 8 ? k_scale[0] : k_scale[1]);
+      const float l = kk * scale_j * (i < 8 ? k_scale[0] : k_scale[1]);
       const float a = qk * scale_j * (i < 8 ? q_scale[0] : q_scale[1]);
 #pragma unroll
       for (int r = 0; r < 8; ++r)
         if (r == e) L[r / 4][r % 4] += l, A[r / 4][r % 4] += a;
     }
     __syncwarp();
+  }
+
+  // 16 channels in which half a chunk may decay by more than an f32 can hold.
+  KL_DEVICE void steep_step(uint32_t pair, int step, int rows, float (&sum)[8], const float (&k)[8],
+                            const float (&q)[8], const float (&k_scale)[2], const float (&q_scale)[2],
+                            float (&L)[2][4], float (&A)[2][4], uint32_t (&read_k)[4], uint32_t (&read_q)[4],
+                            uint32_t (&keep)[4], float (&decay)[4]) const {
+    float first[4], second[4];  // logs, here
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int e = 4 * (c / 2) + c % 2;
+      first[c] = __shfl_sync(0xffffffffu, sum[e], 28 + t);
+      second[c] = __shfl_sync(0xffffffffu, sum[e + 2], 28 + t);
+      if (g == 7) sum[e] = 0.f;
+      decay[c] = exp2_approx(first[c] + second[c]);
+    }
+    add_pairs(pair, step, rows, sum, k_scale, q_scale, L, A);
+    float from_start_k[8], from_start_q[8], to_end[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int c = 2 * (e / 4) + e % 2;
+      const float start = exp2_approx(sum[e] + first[c]);
+      from_start_k[e] = -k[e] * start, from_start_q[e] = q[e] * start;
+      to_end[e] = k[e] * exp2_approx(second[c] - sum[e]);
+    }
+    pack(from_start_k, read_k), pack(from_start_q, read_q), pack(to_end, keep);
+  }
+
+  // Elements -> fragment.
+  KL_DEVICE static void pack(const float (&f)[8], uint32_t (&r)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = 4 * (i / 2) + 2 * (i % 2);
+      r[i] = pack_bf16(f[e], f[e + 1]);
+    }
   }
 
   KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
@@ -210,65 +261,66 @@ class Producer {
     if (lane % 16 < rows) beta = load_element(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
     float k_scale[2] = {1, 1}, q_scale[2] = {1, 1};
-    if (p.l2norm) inverse_lengths(pair, k_scale), inverse_lengths(pair + 2048, q_scale);
+    if (p.l2norm) inverse_lengths(pair, k_scale), inverse_lengths(pair + R::kPanelBytes, q_scale);
     q_scale[0] *= p.scale, q_scale[1] *= p.scale;
+    if (g >= rows) k_scale[0] = q_scale[0] = 0;  // their own may be a NaN
+    if (g + 8 >= rows) k_scale[1] = q_scale[1] = 0;
+    // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
+    const float least_decay = p.l2norm ? 0x1p-118f : 0x1p-100f;
     const GateForm form = gate_form(p.gate, head);
     const float* bias = p.gate.dt_bias != nullptr && p.gate.kind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 
-    float L[2][4] = {}, A[2][4] = {};  // -L without beta; A. [token j / 8][fragment]
+    float L[2][4] = {}, A[2][4] = {};  // L without beta; A. [token j / 8][fragment]
+    RawGate raw{};
+    load_gate(slot, bias, 0, raw);
 #pragma unroll 1
     for (int step = 0; step < D / 16; ++step) {
       float sum[8];
       {
         float x[8];
-        load_gate(slot, form, bias, rows, step, x);
+        gates(raw, form, rows, x);
+        if (step + 1 < D / 16) load_gate(slot, bias, step + 1, raw);
         sum_gates(x, sum);
       }
-      bool steep = false;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) steep |= fabsf(sum[e]) > kMaxSpan;
-      steep = __any_sync(0xffffffffu, steep);
-
       uint32_t k_raw[4], q_raw[4];
-      ldmatrix_x4(k_raw, block<4096>(pair, step));
-      ldmatrix_x4(q_raw, block<4096>(pair + 2048, step));
-      float k[8], q[8];  // -k normalised; q normalised and scaled
+      ldmatrix_x4(k_raw, block<2 * R::kPanelBytes>(pair, step));
+      ldmatrix_x4(q_raw, block<2 * R::kPanelBytes>(pair + R::kPanelBytes, step));
+      if (rows < kChunkTokens) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (g + i % 2 * 8 >= rows) k_raw[i] = q_raw[i] = 0;
+      }
+      float k[8], q[8];  // normalised; q also scaled
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // register i: tokens i % 2, channels i / 2
         const int e = 4 * (i / 2) + 2 * (i % 2);
-        k[e] = -k_scale[i % 2] * low_half(k_raw[i]), k[e + 1] = -k_scale[i % 2] * high_half(k_raw[i]);
+        k[e] = k_scale[i % 2] * low_half(k_raw[i]), k[e + 1] = k_scale[i % 2] * high_half(k_raw[i]);
         q[e] = q_scale[i % 2] * low_half(q_raw[i]), q[e + 1] = q_scale[i % 2] * high_half(q_raw[i]);
       }
 
-      float decay[4];  // of the whole chunk, channels 2t, 2t + 1, 2t + 8, 2t + 9
+      float from_middle[8], to_middle[8];  // e^(G - Gm), e^(Gm - G)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) from_middle[e] = exp2_approx(sum[e]), to_middle[e] = exp2_approx(-sum[e]);
+      // Of the halves, e^Gm and e^(Gend - Gm), and of the chunk; channels 2t, 2t + 1, 2t + 8, 2t + 9.
+      float first[4], second[4], decay[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int e = 4 * (c / 2) + c % 2;
+        first[c] = __shfl_sync(0xffffffffu, from_middle[e], 28 + t);
+        second[c] = __shfl_sync(0xffffffffu, from_middle[e + 2], 28 + t);
+        if (g == 7) from_middle[e] = to_middle[e] = 1.f;
+        decay[c] = first[c] * second[c];
+      }
+      const float least = fminf(fminf(decay[0], decay[1]), fminf(decay[2], decay[3]));
       uint32_t read_k[4], read_q[4], keep[4];
-      const auto pack = [](const float(&f)[8], uint32_t(&r)[4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int e = 4 * (i / 2) + 2 * (i % 2);
-          r[i] = pack_bf16(f[e], f[e + 1]);
-        }
-      };
-      if (!steep) {
-        float from_middle[8], to_middle[8];  // e^(G - Gm), e^(Gm - G)
-#pragma unroll
-        for (int e = 0; e < 8; ++e) from_middle[e] = exp2_approx(sum[e]), to_middle[e] = exp2_approx(-sum[e]);
-        float first[4], second[4];  // decays of the halves: e^Gm, e^(Gend - Gm)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int e = 4 * (c / 2) + c % 2;
-          first[c] = __shfl_sync(0xffffffffu, from_middle[e], 28 + t);
-          second[c] = __shfl_sync(0xffffffffu, from_middle[e + 2], 28 + t);
-          if (g == 7) from_middle[e] = to_middle[e] = 1.f;
-          decay[c] = first[c] * second[c];
-        }
+      if (!__any_sync(0xffffffffu, least < least_decay)) {
         float left_k[8], left_q[8], right[8];
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           left_k[e] = k[e] * from_middle[e], left_q[e] = q[e] * from_middle[e];
-          right[e] = -k[e] * to_middle[e];
+          right[e] = k[e] * to_middle[e];
         }
         uint32_t a[4], b[4];
         pack(right, b);
@@ -281,34 +333,16 @@ class Producer {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           const int c = 2 * (e / 4) + e % 2;
-          left_k[e] *= first[c], left_q[e] *= first[c], right[e] *= second[c];
+          left_k[e] *= -first[c], left_q[e] *= first[c], right[e] *= second[c];
         }
         pack(left_k, read_k), pack(left_q, read_q), pack(right, keep);
       } else {
-        float first[4], second[4];
-        float from_start[8], to_end[8];
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int e = 4 * (c / 2) + c % 2;
-          first[c] = __shfl_sync(0xffffffffu, sum[e], 28 + t);
-          second[c] = __shfl_sync(0xffffffffu, sum[e + 2], 28 + t);
-          if (g == 7) sum[e] = 0.f;
-          decay[c] = exp2_approx(first[c] + second[c]);
-        }
-        add_pairs(pair, step, sum, k_scale, q_scale, L, A);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int c = 2 * (e / 4) + e % 2;
-          const float start = exp2_approx(sum[e] + first[c]), end = exp2_approx(second[c] - sum[e]);
-          from_start[e] = k[e] * start, to_end[e] = -k[e] * end;
-          sum[e] = q[e] * start;
-        }
-        pack(from_start, read_k), pack(sum, read_q), pack(to_end, keep);
+        steep_step(pair, step, rows, sum, k, q, k_scale, q_scale, L, A, read_k, read_q, keep, decay);
       }
       __syncwarp();  // the block has been read by every lane
-      stmatrix_x4(block<4096>(pair, step), read_k);
-      stmatrix_x4(block<4096>(pair + 2048, step), read_q);
-      stmatrix_x4(block<2048>(write, step), keep);
+      stmatrix_x4(block<2 * R::kPanelBytes>(pair, step), read_k);
+      stmatrix_x4(block<2 * R::kPanelBytes>(pair + R::kPanelBytes, step), read_q);
+      stmatrix_x4(block<R::kPanelBytes>(write, step), keep);
       if (g == 0) {
         float2* to = reinterpret_cast<float2*>(ring.decay(slot) + 16 * step + 2 * t);
         to[0] = {decay[0], decay[1]}, to[4] = {decay[2], decay[3]};
@@ -342,7 +376,7 @@ class Producer {
         *reinterpret_cast<float4*>(row + l) = *reinterpret_cast<const float4*>(scratch + i * kRow + l);
       float even = i == j ? 1.f : 0.f, odd = 0;
 #pragma unroll
-      for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(row[l], x[l], l % 2 ? odd : even);
+      for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(-row[l], x[l], l % 2 ? odd : even);
       x[i] = even + odd;
     }
     uint32_t terms[8];
@@ -386,7 +420,7 @@ class Producer {
             pack_bf16(z[tile][2 * half], z[tile][2 * half + 1]);
 #pragma unroll 2
     for (int step = 0; step < D / 16; ++step) {
-      const uint32_t at = block<2048>(write, step);
+      const uint32_t at = block<R::kPanelBytes>(write, step);
       uint32_t b[4];
       ldmatrix_x4_trans(b, at);
       float d[2][4] = {};

@@ -8,6 +8,7 @@
 // whole block: each role follows the numbers on its own.
 #pragma once
 
+#include "cuda/tensor_map.h"
 #include "ops/kda/kda_chunk.cuh"
 
 namespace kl::cuda {
@@ -33,26 +34,28 @@ struct alignas(16) ChunkInfo {
   int checkpoint;  // first one at the end of this chunk; -1: none
 };
 
-// A slot's operands. A panel is 64 channels wide: rows of 128 bytes with their eight 16-byte pieces swizzled
-// by the row, as the tensor cores expect it.
-//   pair    [panel][k rows 0-15, q rows 0-15][64]   raw k, q; then -k·e^G and q·scale·e^G
-//   write   [panel][16][64]                         raw bf16 g; then (T^T)(k·e^(Gend - G))
-//   value   [panel][16][64]                         v
+// A slot's operands. A panel is 128 bytes wide: 64 bf16 channels (32 of an f32 gate), its rows' eight 16-byte
+// pieces swizzled by the row, as the copy engine leaves them and the tensor cores expect them.
+//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then -k·e^G and q·scale·e^G
+//   write   [panel][16]                         raw bf16 g; then (T^T)(k·e^(Gend - G))
+//   value   [panel][16]                         v
+// Rows past the end of a sequence hold whatever follows it in memory: nobody may let it into a sum.
 template <int D, bool kGateF32>
 struct Ring {
   static constexpr int kPanels = D / 64;
   static constexpr int kSlots = kGateF32 && D == 128 ? 8 : 12;
+  static constexpr uint32_t kPanelBytes = kChunkTokens * 128;
   static constexpr uint32_t kPair = 0;
-  static constexpr uint32_t kWrite = kPanels * 4096;
-  static constexpr uint32_t kValue = kPanels * 6144;
-  static constexpr uint32_t kSlotBytes = kPanels * 8192;
-  static constexpr uint32_t kGateRow = D * 4 + 16;  // of f32 g: rows apart by 4 banks
+  static constexpr uint32_t kWrite = kPanels * 2 * kPanelBytes;
+  static constexpr uint32_t kValue = kPanels * 3 * kPanelBytes;
+  static constexpr uint32_t kSlotBytes = kPanels * 4 * kPanelBytes;
+  static constexpr uint32_t kGateBytes = kGateF32 ? kPanels * 2 * kPanelBytes : 0;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kDecay = kSlots * kSlotBytes;     // [slot][D] f32: e^Gend
-  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;  // [slot] Aqk·T, 16 x 16 bf16
-  static constexpr uint32_t kGate = kRead + kSlots * 512;     // [slot][16] rows of f32 g
-  static constexpr uint32_t kScratch = kGate + (kGateF32 ? kSlots * 16 * kGateRow : 0);
+  static constexpr uint32_t kGate = kSlots * kSlotBytes;           // [slot] f32 g in panels
+  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: e^Gend
+  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;       // [slot] A T, 16 x 16 bf16
+  static constexpr uint32_t kScratch = kRead + kSlots * 512;
   static constexpr uint32_t kScratchBytes = 16 * 20 * 4 + 2 * 512;           // [producer]
   static constexpr uint32_t kStage = kScratch + kProducers * kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
@@ -92,35 +95,12 @@ KL_DEVICE uint32_t piece_at(int row, int piece) {
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
-// 16 rows of D channels -> panels. Lanes take neighbouring pieces of a row.
-template <int D, uint32_t kPanelBytes>
-KL_DEVICE void load_rows(uint32_t to, const Operand& t, int64_t token, int head, int rows) {
-  constexpr int kPieces = D / 8, kRowsAtOnce = 32 / kPieces;
-  const int lane = static_cast<int>(threadIdx.x % 32), piece = lane % kPieces;
-  const bf16* base = static_cast<const bf16*>(t.data);
-  const bf16* from = base + offset_of(t, token, head) + 8 * piece;
-#pragma unroll
-  for (int r = 0; r < kChunkTokens; r += kRowsAtOnce) {
-    const int row = r + lane / kPieces;
-    cp_async16_zfill(to + piece / 8 * kPanelBytes + piece_at(row, piece % 8),
-                     row < rows ? from + row * t.token_stride : base, row < rows ? 16 : 0);
-  }
-}
-template <int D, uint32_t kRowBytes>
-KL_DEVICE void load_rows_f32(uint32_t to, const Operand& t, int64_t token, int head, int rows) {
-  constexpr int kPieces = D / 4;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const float* base = static_cast<const float*>(t.data);
-  const float* from = base + offset_of(t, token, head);
-#pragma unroll
-  for (int i = lane; i < kChunkTokens * kPieces; i += 32) {
-    const int row = i / kPieces, piece = i % kPieces;
-    cp_async16_zfill(to + row * kRowBytes + piece * 16,
-                     row < rows ? from + row * t.token_stride + 4 * piece : base, row < rows ? 16 : 0);
-  }
-}
+// What the copy engine knows of the inputs.
+struct PrefillMaps {
+  CUtensorMap q, k, v, g;
+};
 
-// Finds the first checkpoint past `row`.
+// The first checkpoint past `row`.
 KL_DEVICE int first_checkpoint(const PrefillParams& p, int64_t row) {
   int low = 0, high = p.checkpoints;
   while (low < high) {
@@ -133,61 +113,76 @@ KL_DEVICE int first_checkpoint(const PrefillParams& p, int64_t row) {
   return low;
 }
 
+// One warp. All lanes find items; lane 0 alone walks the ring.
 template <int D, bool kGateF32>
 struct Loader {
   using R = Ring<D, kGateF32>;
   const PrefillParams& p;
+  const PrefillMaps& maps;
   R ring;
   Turn<R::kSlots> turn{0};
   int serial = 0;
 
-  KL_DEVICE Loader(const PrefillParams& params, R r) : p(params), ring(r) {}
+  KL_DEVICE Loader(const PrefillParams& params, const PrefillMaps& m, R r) : p(params), maps(m), ring(r) {}
 
-  KL_DEVICE void describe(const ChunkInfo& info) {
+  KL_DEVICE void load_chunk(const ChunkInfo& info, int qk_head) {
     mbarrier_wait(ring.free(turn.slot), turn.phase ^ 1);
-    if (threadIdx.x % 32 == 0) ring.info(turn.slot) = info;
-  }
-  // The lanes' copies arrive when they have landed; lane 0 arrives also for the description.
-  KL_DEVICE void publish() {
-    cp_async_arrive(ring.raw(turn.slot));
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ring.raw(turn.slot));
+    ring.info(turn.slot) = info;
+    const uint32_t bar = ring.raw(turn.slot), slot = ring.slot(turn.slot);
+    if (info.rows > 0) {
+      const bool value = info.item == Item::value;
+      const int token = static_cast<int>(info.token);
+      constexpr uint32_t kPanel = R::kPanelBytes, kGateBytes = kGateF32 ? R::kGateBytes : R::kPanels * kPanel;
+      mbarrier_arrive_expect_tx(bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes);
+#pragma unroll
+      for (int panel = 0; panel < R::kPanels; ++panel) {
+        box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
+        box_load(slot + R::kPair + panel * 2 * kPanel + kPanel, &maps.q, 64 * panel, qk_head, token, bar);
+        if (!kGateF32)
+          box_load(slot + R::kWrite + panel * kPanel, &maps.g, 64 * panel, info.head, token, bar);
+        if (value) box_load(slot + R::kValue + panel * kPanel, &maps.v, 64 * panel, info.head, token, bar);
+      }
+      if (kGateF32)
+#pragma unroll
+        for (int panel = 0; panel < 2 * R::kPanels; ++panel)
+          box_load(ring.base() + R::kGate + turn.slot * kGateBytes + panel * kPanel, &maps.g, 32 * panel,
+                   info.head, token, bar);
+    } else {
+      mbarrier_arrive(bar);
+    }
     turn.advance(1);
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    const int qk_head = head / p.group;
+    if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.item = item,
+                   .rows = 0,
+                   .token = 0,
                    .head = head,
                    .sequence = s.sequence,
                    .segment = s.id,
+                   .chunk = 0,
                    .chunks = end,
                    .segment_index = s.index,
                    .segment_count = s.count,
-                   .serial = ++serial};
+                   .serial = ++serial,
+                   .checkpoint = -1};
     for (int c = first; c < end; ++c, offset += kChunkTokens) {
       if (item == Item::transition && ring.stopped() == serial) return;
       info.token = s.begin + offset;
       info.rows = static_cast<int>(min(static_cast<int64_t>(kChunkTokens), s.length - offset));
       info.chunk = c;
-      const bool at_checkpoint = item == Item::value && checkpoint < p.checkpoints &&
-                                 p.checkpoint_row[checkpoint] == info.token + info.rows && info.rows > 0;
-      info.checkpoint = at_checkpoint ? checkpoint : -1;
-      while (at_checkpoint && checkpoint < p.checkpoints &&
-             p.checkpoint_row[checkpoint] == info.token + info.rows)
-        ++checkpoint;
-      describe(info);
-      const uint32_t slot = ring.slot(turn.slot);
-      load_rows<D, 4096>(slot + R::kPair, p.k, info.token, qk_head, info.rows);
-      load_rows<D, 4096>(slot + R::kPair + 2048, p.q, info.token, qk_head, info.rows);
-      if constexpr (kGateF32)
-        load_rows_f32<D, R::kGateRow>(ring.base() + R::kGate + turn.slot * 16 * R::kGateRow, p.g, info.token,
-                                      head, info.rows);
-      else
-        load_rows<D, 2048>(slot + R::kWrite, p.g, info.token, head, info.rows);
-      if (item == Item::value) load_rows<D, 2048>(slot + R::kValue, p.v, info.token, head, info.rows);
-      publish();
+      info.checkpoint = -1;
+      if (item == Item::value && info.rows > 0) {
+        const auto here = [&] {
+          return checkpoint < p.checkpoints && p.checkpoint_row[checkpoint] == info.token + info.rows;
+        };
+        if (here()) info.checkpoint = checkpoint;
+        while (here()) ++checkpoint;
+      }
+      load_chunk(info, head / p.group);
     }
   }
 
@@ -213,11 +208,22 @@ struct Loader {
         else if (probed < s.chunks && p.progress[s.id * p.heads + head] > 0)
           load_item(Item::transition, s, head, probed, s.chunks);
       }
+      __syncwarp();
     }
-    for (int w = 0; w < kProducers; ++w) {  // every producer and the consumers see an end
-      describe({.item = Item::none});
-      publish();
-    }
+    if (threadIdx.x % 32 != 0) return;
+    const ChunkInfo none{.item = Item::none,
+                         .rows = 0,
+                         .token = 0,
+                         .head = 0,
+                         .sequence = 0,
+                         .segment = 0,
+                         .chunk = 0,
+                         .chunks = 0,
+                         .segment_index = 0,
+                         .segment_count = 0,
+                         .serial = 0,
+                         .checkpoint = -1};
+    for (int w = 0; w < kProducers; ++w) load_chunk(none, 0);  // every producer and the consumers see an end
   }
 };
 

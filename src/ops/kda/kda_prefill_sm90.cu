@@ -17,7 +17,8 @@ constexpr int kOtherRegisters = 104;
 
 template <int D, bool kGateF32>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    prefill_kernel(const __grid_constant__ PrefillParams p, const bool second) {
+    prefill_kernel(const __grid_constant__ PrefillParams p, const __grid_constant__ PrefillMaps maps,
+                   const bool second) {
   extern __shared__ __align__(1024) char memory[];
   using R = Ring<D, kGateF32>;
   const R ring{memory};
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     for (int s = 0; s < R::kSlots; ++s) {
-      mbarrier_init(ring.raw(s), 33);
+      mbarrier_init(ring.raw(s), 1);
       mbarrier_init(ring.ready(s), 1);
       mbarrier_init(ring.free(s), D / 16);
     }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     if (warp < kConsumerWarps + kProducers)
       Producer<D, kGateF32>(p, ring, warp - kConsumerWarps).run(warp - kConsumerWarps);
     else
-      Loader<D, kGateF32>(p, ring).run(second);
+      Loader<D, kGateF32>(p, maps, ring).run(second);
   }
 }
 
@@ -105,14 +106,14 @@ PrefillParams make_params(const KdaArgs& a, const Plan& plan) {
 }
 
 template <int D, bool kGateF32>
-void run(const PrefillParams& p, const Plan& plan, cudaStream_t stream) {
+void run(const PrefillParams& p, const PrefillMaps& maps, const Plan& plan, cudaStream_t stream) {
   const int64_t items = std::max(plan.segments, plan.N) * plan.heads;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));
   const LaunchConfig config{
       .grid = blocks, .block = kBlockThreads, .smem = Ring<D, kGateF32>::kBytes, .stream = stream};
-  launch(prefill_kernel<D, kGateF32>, config, p, false);
+  launch(prefill_kernel<D, kGateF32>, config, p, maps, false);
   if (plan.segments == 0) return;
-  launch(prefill_kernel<D, kGateF32>, config, p, true);
+  launch(prefill_kernel<D, kGateF32>, config, p, maps, true);
   chain_segments(p, plan.D, plan.segments, plan.T, stream);
 }
 
@@ -140,13 +141,19 @@ void kda_prefill_sm90(const Ctx& ctx, const KdaArgs& a) {
            "kda prefill: expected a workspace of ", plan.workspace.total, " bytes, found ",
            a.workspace ? a.workspace.bytes() : 0);
   const PrefillParams p = make_params(a, plan);
+  PrefillMaps maps{};  // not looked at where there is no token
+  if (plan.T > 0)
+    maps = {.q = row_boxes(a.q, kChunkTokens),
+            .k = row_boxes(a.k, kChunkTokens),
+            .v = row_boxes(a.v, kChunkTokens),
+            .g = row_boxes(a.g, kChunkTokens)};
   const cudaStream_t stream = static_cast<cudaStream_t>(ctx.stream);
   KL_CUDA_CHECK(cudaMemsetAsync(p.next_item, 0, 2 * sizeof(int), stream), "clearing the item counters");
   const bool gate_f32 = a.g.dtype == DType::f32;
   if (plan.D == 128)
-    gate_f32 ? run<128, true>(p, plan, stream) : run<128, false>(p, plan, stream);
+    gate_f32 ? run<128, true>(p, maps, plan, stream) : run<128, false>(p, maps, plan, stream);
   else
-    gate_f32 ? run<64, true>(p, plan, stream) : run<64, false>(p, plan, stream);
+    gate_f32 ? run<64, true>(p, maps, plan, stream) : run<64, false>(p, maps, plan, stream);
 }
 
 }  // namespace kl::cuda

@@ -3,7 +3,7 @@
 // factors that kda_factors_sm90.cuh names:
 //
 //   [R | O]  = [v | 0]^T + S^T [-k e^G | scale q e^G]^T        64 x 32 x D
-//   O       += R (A T)^T                                       64 x 16 x 16
+//   O       += R (A T)^T                                       64 x 16 x 16, mma.sync
 //   S^T      = S^T Diag(e^Gend) + R (T^T (k e^(Gend - G)))     64 x D x 16
 //
 // S and R are rounded to bf16 where they are left operands; accumulators are rearranged into them inside a
@@ -24,22 +24,14 @@ class Consumer {
       : p(params), ring(r), warp(w), lane(static_cast<int>(threadIdx.x % 32)), g(lane / 4), t(lane % 4) {}
 
   KL_DEVICE void run() {
-    float S[D / 2];  // [channel / 8][2 (v / 8) + channel % 2]
     for (;;) {
       wait();
-      const ChunkInfo& first = ring.info(turn.slot);
-      if (first.item == Item::none) return;
-      const int serial = first.serial;
-      load_state(first, S);
-      for (bool more = true; more;) {
-        const ChunkInfo& info = ring.info(turn.slot);
-        chunk(turn.slot, info, S);
-        more = info.item == Item::value ? goes_on(info, S) : transition_goes_on(info, S);
-        release();
-        if (more) wait();
-      }
-      // Chunks that the loader had sent before it heard that the item is over.
-      for (wait(); ring.info(turn.slot).serial == serial; wait()) release();
+      const Item item = ring.info(turn.slot).item;
+      if (item == Item::none) return;
+      if (item == Item::value)
+        run_item<true>();
+      else
+        run_item<false>();
     }
   }
 
@@ -54,6 +46,37 @@ class Consumer {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(ring.free(turn.slot));
     turn.advance(1);
+  }
+
+  template <bool kValue>
+  KL_DEVICE void run_item() {
+    const ChunkInfo& first = ring.info(turn.slot);
+    const int serial = first.serial;
+    const int64_t row = first.token + lane / 2;
+    const int v = 16 * warp + 8 * (lane % 2);
+    bf16* out = kValue ? static_cast<bf16*>(p.out.data) + offset_of(p.out, row, first.head) + v
+                       : static_cast<bf16*>(p.queries) + (row * p.heads + first.head) * D + v;
+    const int64_t out_step = kChunkTokens * (kValue ? p.out.token_stride : static_cast<int64_t>(p.heads) * D);
+    float S[D / 2];  // [channel / 8][2 (v / 8) + channel % 2]
+    load_state(first, S);
+    for (int left = first.chunks - first.chunk;; out += out_step) {
+      const ChunkInfo& info = ring.info(turn.slot);
+      const int rows = info.rows, checkpoint = info.checkpoint;
+      if (rows > 0) chunk<kValue>(rows, out, S);
+      const bool last = --left == 0;
+      bool over = last;
+      if (kValue) {
+        if (checkpoint >= 0) store_checkpoints(info, S);
+        if (last) end_value(info, S);
+      } else {
+        over = transition_over(info, S, last);
+      }
+      release();
+      if (over) break;
+      wait();
+    }
+    // Chunks that the loader had sent before it heard that the item is over.
+    for (wait(); ring.info(turn.slot).serial == serial; wait()) release();
   }
 
   // ---- States ----
@@ -107,23 +130,20 @@ class Consumer {
       store_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride, x[1]);
     });
   }
-  // After a chunk of a value item: false if it was the last.
-  KL_DEVICE bool goes_on(const ChunkInfo& info, float* S) const {
-    for (int c = info.checkpoint;
-         c >= 0 && c < p.checkpoints && p.checkpoint_row[c] == info.token + info.rows; ++c)
+  KL_DEVICE void store_checkpoints(const ChunkInfo& info, float* S) const {
+    for (int c = info.checkpoint; c < p.checkpoints && p.checkpoint_row[c] == info.token + info.rows; ++c)
       store_pool(p.checkpoint_slot[c], info.head, S);
-    if (info.chunk + 1 < info.chunks) return true;
+  }
+  KL_DEVICE void end_value(const ChunkInfo& info, float* S) const {
     if (info.segment_count > 1)
       store_matrix(p.carried + matrix(info), S);
     else if (p.slot != nullptr)
       store_pool((p.slot_out != nullptr ? p.slot_out : p.slot)[info.sequence], info.head, S);
-    return false;
   }
-  // After a chunk of a transition: false if nothing of the item is left to do.
-  KL_DEVICE bool transition_goes_on(const ChunkInfo& info, float* S) const {
+  // After a chunk of a transition: true if nothing of the item is left to do.
+  KL_DEVICE bool transition_over(const ChunkInfo& info, float* S, bool last) const {
     const int done = info.chunk + 1;
-    const bool last = done == info.chunks;
-    if (!last && (info.item == Item::probe || done % 4 != 0)) return true;
+    if (!last && (info.item == Item::probe || done % 4 != 0)) return false;
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) sum = fmaf(S[i], S[i], sum);
@@ -141,83 +161,84 @@ class Consumer {
       if (!last) ring.stopped() = info.serial;
     }
     if (last && !negligible) store_matrix(p.transition + matrix(info), S);
-    return !(last || negligible);
+    return last || negligible;
   }
 
   // ---- One chunk ----
 
-  KL_DEVICE void chunk(int slot, const ChunkInfo& info, float* S) const {
+  template <bool kValue>
+  KL_DEVICE void chunk(int rows, bf16* out, float* S) const {
+    // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
+    const int slot = __shfl_sync(0xffffffffu, turn.slot, 0);
     const uint32_t base = ring.slot(slot);
-    uint32_t s[D / 16][4];
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) s[step][i] = pack_bf16(S[8 * step + 2 * i], S[8 * step + 2 * i + 1]);
+    const uint64_t pair = wgmma_matrix(base + R::kPair, 16, 1024, WgmmaLayout::swizzle_128);
+    const uint64_t write = wgmma_matrix(base + R::kWrite, R::kPanelBytes, 1024, WgmmaLayout::swizzle_128);
 
     float RO[16];  // R of tokens 0-7, 8-15, O of tokens 0-7, 8-15
 #pragma unroll
     for (int i = 0; i < 16; ++i) RO[i] = 0;
-    if (info.item == Item::value) {
+    if (kValue) {
       uint32_t v[4];  // matrix m: tokens 8 (m % 2) ..., value channels 8 (m / 2) ...
-      ldmatrix_x4_trans(v,
-                        base + R::kValue + warp / 4 * 2048 + piece_at(lane % 16, 2 * (warp % 4) + lane / 16));
+      ldmatrix_x4_trans(
+          v, base + R::kValue + warp / 4 * R::kPanelBytes + piece_at(lane % 16, 2 * (warp % 4) + lane / 16));
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int e = 4 * (m % 2) + 2 * (m / 2);
         RO[e] = __uint_as_float(v[m] << 16), RO[e + 1] = __uint_as_float(v[m] & 0xffff0000u);
       }
+      if (rows < kChunkTokens) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e)
+          if (2 * t + e % 2 + e / 4 * 8 >= rows) RO[e] = 0;
+      }
     }
-    wgmma_pin<16>(RO);
-    wgmma_fence();
+    uint32_t s[D / 16][4];
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
-      wgmma_m64n32k16<0>(RO, s[step],
-                         wgmma_matrix(base + R::kPair + step / 4 * 4096 + step % 4 * 32, 16, 1024,
-                                      WgmmaLayout::swizzle_128));
-    wgmma_commit();
-
-    const float* decay = ring.decay(slot) + 2 * t;  // meanwhile the state decays
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[step][i] = pack_bf16(S[8 * step + 2 * i], S[8 * step + 2 * i + 1]);
+    // Behind the issue of the first product this would be free, but ptxas then serialises every wgmma.
+    const float* decay = ring.decay(slot) + 2 * t;
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
       const float2 d = *reinterpret_cast<const float2*>(decay + 8 * c);
       S[4 * c] *= d.x, S[4 * c + 1] *= d.y, S[4 * c + 2] *= d.x, S[4 * c + 3] *= d.y;
     }
 
+    wgmma_pin<16>(RO);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step)
+      wgmma_m64n32k16<0>(RO, s[step], pair + (step / 4 * 2 * R::kPanelBytes + step % 4 * 32) / 16);
+    wgmma_commit();
+    uint32_t z[4];  // (A T)^T, 8 x 8 blocks
+    ldmatrix_x4(z, ring.base() + R::kRead + slot * 512 + lane * 16);
     wgmma_wait<0>();
     wgmma_pin<16>(RO);
     const uint32_t r[4] = {pack_bf16(RO[0], RO[1]), pack_bf16(RO[2], RO[3]), pack_bf16(RO[4], RO[5]),
                            pack_bf16(RO[6], RO[7])};
+    float O[2][4] = {{RO[8], RO[9], RO[10], RO[11]}, {RO[12], RO[13], RO[14], RO[15]}};
     wgmma_pin<D / 2>(S);
     wgmma_fence();
-    wgmma_m64n16k16<0>(RO + 8, r,
-                       wgmma_matrix(ring.base() + R::kRead + slot * 512, 128, 256, WgmmaLayout::plain));
-    const uint64_t write = wgmma_matrix(base + R::kWrite, 2048, 1024, WgmmaLayout::swizzle_128);
     if constexpr (D == 128)
       wgmma_m64n128k16<1>(S, r, write);
     else
       wgmma_m64n64k16<1>(S, r, write);
     wgmma_commit();
+    mma_bf16(O[0], r, z[0], z[1]);
+    mma_bf16(O[1], r, z[2], z[3]);
+    const uint32_t o[4] = {pack_bf16(O[0][0], O[0][1]), pack_bf16(O[0][2], O[0][3]),
+                           pack_bf16(O[1][0], O[1][1]), pack_bf16(O[1][2], O[1][3])};
     wgmma_wait<0>();
-    wgmma_pin<8>(RO + 8);
     wgmma_pin<D / 2>(S);
-    store_outputs(info, RO + 8);
-  }
 
-  // 16 value channels x 16 tokens through the warp's corner of shared memory: 32 bytes of a row at a time.
-  KL_DEVICE void store_outputs(const ChunkInfo& info, const float* O) const {
+    // 16 value channels x 16 tokens through the warp's corner of shared memory: 32 bytes of a row at a time.
     const uint32_t stage = ring.base() + R::kStage + warp * 512;
-    const uint32_t o[4] = {pack_bf16(O[0], O[1]), pack_bf16(O[2], O[3]), pack_bf16(O[4], O[5]),
-                           pack_bf16(O[6], O[7])};
     stmatrix_x4_trans(stage + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16, o);
     __syncwarp();
-    const int row = lane / 2, v = 16 * warp + 8 * (lane % 2);
     const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
     __syncwarp();
-    if (row >= info.rows) return;
-    bf16* to = info.item == Item::value
-                   ? static_cast<bf16*>(p.out.data) + offset_of(p.out, info.token + row, info.head)
-                   : static_cast<bf16*>(p.queries) + ((info.token + row) * p.heads + info.head) * D;
-    *reinterpret_cast<uint4*>(to + v) = eight;
+    if (lane / 2 < rows) *reinterpret_cast<uint4*>(out) = eight;
   }
 };
 
