@@ -15,7 +15,7 @@ namespace {
 
 using namespace eval;
 
-constexpr int64_t kDim = 64, kKeys = 16, kRewrites = 4, kValues = 256, kTrials = 100;
+constexpr int64_t kDim = 64, kKeys = 16, kRewrites = 4, kValues = 256, kTrials = 50;
 constexpr int64_t kWrites = kKeys * (1 + kRewrites), kTokens = kWrites + kKeys;
 
 struct Trial {
@@ -87,7 +87,7 @@ double delta_recall(const Trial& trial, ThreadPool* pool) {
 }  // namespace
 
 std::vector<Claim> overwrite_claims(ThreadPool* pool) {
-  constexpr double kDecays[] = {1, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8, 0.7};
+  constexpr double kDecays[] = {1, 0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9};
   double delta = 0, by_decay[std::size(kDecays)] = {};
   for (uint64_t seed = 0; seed < kTrials; ++seed) {
     const Trial trial = make_trial(seed);
