@@ -4,10 +4,12 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "model/config.h"
 #include "ops/sample/sample.h"
 
 namespace kl::app {
@@ -84,5 +86,16 @@ struct VerifyOptions {
   uint64_t seed = 1;
 };
 int verify(const VerifyOptions&);
+
+struct SynthOptions {
+  std::string output, like, tokenizer_from;
+  std::string dtype = "bf16";
+  uint64_t seed = 1;
+  int threads = 0;
+  std::optional<double> shard_gigabytes;
+  std::vector<int> mla_layers;                        // 1-based; empty: every fourth and the last
+  std::vector<std::function<void(Config&)>> changes;  // of the shape that `like` names
+};
+int synth(const SynthOptions&);
 
 }  // namespace kl::app

@@ -22,8 +22,98 @@ void add_verify(CLI::App& app, Chosen& chosen) {
   command->add_option("-s,--seed", o.seed, "of the text or the ids (default 1)");
 }
 
+// The fields of config.json as flags.
+struct IntField {
+  const char *flags, *help;
+  int Config::*field;
+};
+constexpr IntField kSizes[] = {
+    {"--vocab-size", "tokens", &Config::vocab_size},
+    {"--hidden-size", "width of the residual stream", &Config::hidden_size},
+    {"--num-hidden-layers,--layers", "layers", &Config::num_hidden_layers},
+    {"--intermediate-size", "width of a dense feed-forward", &Config::intermediate_size},
+    {"--num-attention-heads,--mla-heads", "heads of MLA", &Config::num_attention_heads},
+    {"--kv-lora-rank", "latent of MLA", &Config::kv_lora_rank},
+    {"--qk-nope-head-dim", "of MLA", &Config::qk_nope_head_dim},
+    {"--qk-rope-head-dim", "of MLA, shared by the heads", &Config::qk_rope_head_dim},
+    {"--v-head-dim", "of MLA", &Config::v_head_dim},
+    {"--num-experts,--experts", "routed experts; 0: every feed-forward is dense", &Config::num_experts},
+    {"--num-experts-per-token,--top-k", "experts of a token", &Config::num_experts_per_token},
+    {"--num-shared-experts,--shared-experts", "experts of every token", &Config::num_shared_experts},
+    {"--moe-intermediate-size", "width of an expert", &Config::moe_intermediate_size},
+    {"--first-k-dense-replace", "layers at the beginning without experts", &Config::first_k_dense_replace},
+    {"--moe-layer-freq", "experts in every such layer", &Config::moe_layer_freq},
+    {"--num-expert-group", "groups of the router", &Config::num_expert_group},
+    {"--topk-group", "groups that stay eligible", &Config::topk_group}};
+struct KdaField {
+  const char *flags, *help;
+  int LinearAttnConfig::*field;
+};
+constexpr KdaField kKdaSizes[] = {
+    {"--kda-heads", "linear_attn_config.num_heads", &LinearAttnConfig::num_heads},
+    {"--kda-head-dim", "linear_attn_config.head_dim", &LinearAttnConfig::head_dim},
+    {"--short-conv-kernel-size", "of linear_attn_config", &LinearAttnConfig::short_conv_kernel_size}};
+
+// A flag that changes the configuration.
+template <class T, class Set>
+CLI::Option* change(CLI::App* command, SynthOptions& o, const char* flags, const char* help, Set set) {
+  return command
+      ->add_option_function<T>(
+          flags,
+          [&o, set](const T& value) { o.changes.push_back([set, value](Config& c) { set(c, value); }); },
+          help)
+      ->group("Shape");
+}
+
+void add_synth(CLI::App& app, Chosen& chosen) {
+  CLI::App* command = nullptr;
+  SynthOptions& o =
+      add_command(app, chosen, "synth", "write a random checkpoint of any shape", synth, command);
+  command->add_option("-o,--output", o.output, "directory to write, empty or new")->required();
+  command->add_option("--like", o.like, "the shape to start from: 48b (Kimi-Linear-48B-A3B) or demo")
+      ->required()
+      ->check(CLI::IsMember({"48b", "demo"}));
+  command->add_option("-s,--seed", o.seed, "the same seed gives the same bytes everywhere (default 1)");
+  command->add_option("--dtype", o.dtype, "of the matrices: bf16, f16 or f32 (default bf16)")
+      ->check(CLI::IsMember({"bf16", "f16", "f32"}));
+  command->add_option("--tokenizer-from", o.tokenizer_from,
+                      "copy the tokenizer of this checkpoint directory");
+  command->add_option("--shard-size", o.shard_gigabytes, "gigabytes of a file (default 5)")
+      ->check(CLI::Range(1e-6, 1e6));
+  command->add_option("-t,--threads", o.threads, "threads (default: all processors)")
+      ->check(CLI::Range(1, 4096));
+  for (const IntField& f : kSizes)
+    change<int>(command, o, f.flags, f.help, [m = f.field](Config& c, int v) { c.*m = v; });
+  for (const KdaField& f : kKdaSizes)
+    change<int>(command, o, f.flags, f.help,
+                [m = f.field](Config& c, int v) { c.linear_attn_config.*m = v; });
+  command
+      ->add_option(
+          "--mla-layers", o.mla_layers,
+          "layers with full attention, from 1, e.g. 4,8 (default: every fourth and the last; 0: none)")
+      ->delimiter(',')
+      ->group("Shape");
+  change<int64_t>(command, o, "--model-max-length", "context",
+                  [](Config& c, int64_t v) { c.model_max_length = v; });
+  change<float>(command, o, "--rms-norm-eps", "of the norms", [](Config& c, float v) { c.rms_norm_eps = v; });
+  change<float>(command, o, "--routed-scaling-factor", "of the experts' weights",
+                [](Config& c, float v) { c.routed_scaling_factor = v; });
+  change<bool>(command, o, "--moe-renormalize", "true or false",
+               [](Config& c, bool v) { c.moe_renormalize = v; });
+  change<bool>(command, o, "--tie-word-embeddings", "true or false",
+               [](Config& c, bool v) { c.tie_word_embeddings = v; });
+  change<std::string>(command, o, "--moe-router-activation-func", "sigmoid or softmax",
+                      [](Config& c, const std::string& v) { c.moe_router_activation_func = v; });
+  command->footer(
+      "The checkpoint that the speed tables are measured on (2.15 B parameters, 4.29 GB):\n"
+      "  kimi-linear synth -o DIR --like 48b --layers 8 --experts 32 --vocab-size 32768");
+}
+
 }  // namespace
 
-void add_measure_commands(CLI::App& app, Chosen& chosen) { add_verify(app, chosen); }
+void add_measure_commands(CLI::App& app, Chosen& chosen) {
+  add_synth(app, chosen);
+  add_verify(app, chosen);
+}
 
 }  // namespace kl::app

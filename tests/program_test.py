@@ -181,6 +181,79 @@ class Sessions(unittest.TestCase):
         self.assertIn("/no/such/folder/x", result.stderr)
 
 
+class Synth(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def synth(self, name, *flags):
+        path = os.path.join(self.folder, name)
+        return path, run("synth", "-o", path, "--like", "demo", *flags)
+
+    def test_a_checkpoint_of_the_shape_of_the_demo(self):
+        path, result = self.synth("a")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("14527044 parameters", result.stdout)
+        out = run("run", "-m", path, "--ids", "1 2 3", "--print-ids", "-n", "3", "--temp", "0", "--ignore-eos")
+        self.assertEqual(len(out.stdout.split()), 3, out.stderr)
+
+    def test_the_seed_decides_and_threads_do_not(self):
+        content = []
+        for i, flags in enumerate((["-t", "1"], ["-t", "3"], ["--seed", "2"])):
+            path, _ = self.synth(str(i), *flags)
+            with open(os.path.join(path, "model.safetensors"), "rb") as file:
+                content.append(file.read())
+        self.assertEqual(content[0], content[1])
+        self.assertNotEqual(content[0], content[2])
+
+    def test_every_field_by_flag(self):
+        path, result = self.synth(
+            "a", "--layers", "5", "--hidden-size", "64", "--vocab-size", "500", "--mla-layers", "2,5", "--mla-heads", "3", "--kda-heads", "1",
+            "--kda-head-dim", "16", "--experts", "6", "--top-k", "3", "--shared-experts", "2", "--moe-intermediate-size", "24", "--kv-lora-rank", "20",
+            "--qk-nope-head-dim", "12", "--qk-rope-head-dim", "4", "--v-head-dim", "10", "--first-k-dense-replace", "2", "--moe-renormalize", "false",
+            "--tie-word-embeddings", "true", "--short-conv-kernel-size", "3", "--dtype", "f32", "--shard-size", "0.0002", "--model-max-length", "777",
+            "--num-expert-group", "2", "--moe-router-activation-func", "softmax")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
+            config = json.load(file)
+        self.assertEqual((config["hidden_size"], config["num_hidden_layers"], config["moe_renormalize"]), (64, 5, False))
+        out = run("inspect", "-m", path, "--tensors").stdout
+        for line in ("5: 3 KDA, 2 MLA  KMKKM", "3 of 6 of width 24, 2 shared, softmax", "tied", "777 tokens", "model.layers.4.self_attn.kv_b_proj.weight  F32 [66, 20]"):
+            self.assertIn(line, out)
+        self.assertNotIn("files                 1\n", out)
+
+    def test_the_tokenizer_of_another_checkpoint(self):
+        path, result = self.synth("a", "--tokenizer-from", DEMO)
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(run("tokenize", "-m", path, "--count", "Hello").returncode, 0)
+        _, result = self.synth("b", "--tokenizer-from", DEMO, "--vocab-size", "100")
+        self.assertEqual(result.returncode, 1)
+        self.assertFalse(os.path.exists(os.path.join(self.folder, "b")))
+
+    def test_what_cannot_be_is_refused(self):
+        for flags, message in ((["--top-k", "9"], "num_experts_per_token"), (["--layers", "0"], "num_hidden_layers"), (["--mla-layers", "9"], "mla-layers")):
+            path, result = self.synth("a", *flags)
+            self.assertEqual((result.returncode, result.stdout), (1, ""))
+            self.assertIn(message, result.stderr)
+            self.assertFalse(os.path.exists(path))
+        path, _ = self.synth("b")
+        _, again = self.synth("b")
+        self.assertEqual(again.returncode, 1)
+        self.assertIn("empty", again.stderr)
+
+    def test_ctrl_c_leaves_nothing(self):
+        path = os.path.join(self.folder, "a")
+        process = subprocess.Popen([PROGRAM, "synth", "-o", path, "--like", "48b", "--layers", "4", "--experts", "64"], stderr=subprocess.PIPE)
+        while not (os.path.isdir(path) and os.listdir(path)) and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(timeout=60), 1)
+        self.assertIn(b"interrupted", process.stderr.read())
+        process.stderr.close()
+        self.assertEqual(os.listdir(path), [])
+
+
 class Verify(unittest.TestCase):
     def test_the_demo_keeps_every_promise(self):
         for flags in ([], ["--cache-type", "bf16", "-t", "3"]):
