@@ -121,8 +121,11 @@ struct KdaProblem {
     out = Placed(c.rows, {T, c.Hv, c.V}, c.pad,
                  [](int64_t) { return std::numeric_limits<double>::quiet_NaN(); });
     make_indices(N);
+    // A pool may be large: its values are drawn from a table.
+    std::vector<double> table(4099);
+    for (double& x : table) x = 0.5 * random.normal();
     state = Placed(c.state, {slots, c.Hv, c.v_first ? c.V : c.K, c.v_first ? c.K : c.V}, 0,
-                   [&](int64_t) { return 0.5 * random.normal(); });
+                   [&](int64_t i) { return table[static_cast<size_t>(i * 7919 % 4099)]; });
   }
 
   KdaArgs device_args() const { return args(true); }

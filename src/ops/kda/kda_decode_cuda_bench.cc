@@ -1,6 +1,7 @@
-// Times KDA decode and the fused decode step on the GPU and prints one table: time of one step, bandwidth,
-// and its share of the copy bandwidth measured in the same run. Inputs in bf16, softplus gate, all fusions
-// on; state pools rotate through more memory than the L2 cache holds, slots are in a random order.
+// Times KDA decode, the fused decode step and the portable prefill on the GPU and prints one table: time of
+// one step, bandwidth, and its share of the copy bandwidth measured in the same run. Inputs in bf16, softplus
+// gate, all fusions on; state pools rotate through more memory than the L2 cache holds, slots are in a random
+// order.
 //
 //   kda_decode_cuda_bench [a part of a row's name, to run only such rows]
 #include <cstdio>
@@ -20,6 +21,22 @@ struct Step {
   cuda::DeviceTensor q, k, v, g, beta, out, out_gate, slot;
 };
 
+// bf16 normal numbers, repeated every million elements: making gigabytes of them takes longer than the
+// benchmark.
+cuda::DeviceTensor random_rows(std::initializer_list<int64_t> dims) {
+  static const OwnedTensor block = [] {
+    testing::Random random(7);
+    return testing::random_normal(DType::bf16, {1 << 20}, random);
+  }();
+  cuda::DeviceTensor t = cuda::device_tensor(DType::bf16, dims);
+  const size_t step = static_cast<size_t>(block.tensor.bytes());
+  for (size_t at = 0; at < t.buffer.size(); at += step)
+    KL_CUDA_CHECK(cudaMemcpy(static_cast<char*>(t.buffer.data()) + at, block.tensor.data,
+                             std::min(step, t.buffer.size() - at), cudaMemcpyHostToDevice),
+                  "filling rows");
+  return t;
+}
+
 struct DecodeBench {
   int B, H, D, tokens;
   bool v_first;
@@ -32,7 +49,8 @@ struct DecodeBench {
       : B(B), H(H), D(D), tokens(tokens), v_first(v_first), state(state) {
     testing::Random random(1);
     const int64_t per_step = int64_t(B) * H * D * D * size_of(state);
-    const int64_t turns = std::max<int64_t>(2, (int64_t(1) << 30) / per_step), T = int64_t(B) * tokens;
+    const int64_t T = int64_t(B) * tokens, of_rows = 5 * T * H * D * 2;
+    const int64_t turns = std::max<int64_t>(2, (int64_t(1) << 30) / (per_step + of_rows));
     const int64_t slots = turns * B;
     // The pool is filled on the device by a repeated copy of one random slot: generating gigabytes takes too
     // long.
@@ -59,12 +77,12 @@ struct DecodeBench {
     }
     for (int64_t i = 0; i < turns; ++i) {
       Step s;
-      s.q = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
-      s.k = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
-      s.v = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
-      s.g = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
-      s.beta = cuda::to_device(testing::random_normal(DType::bf16, {T, H}, random).tensor);
-      s.out_gate = cuda::to_device(testing::random_normal(DType::bf16, {T, H, D}, random).tensor);
+      s.q = random_rows({T, H, D});
+      s.k = random_rows({T, H, D});
+      s.v = random_rows({T, H, D});
+      s.g = random_rows({T, H, D});
+      s.beta = random_rows({T, H});
+      s.out_gate = random_rows({T, H, D});
       s.out = cuda::device_tensor(DType::bf16, {T, H, D});
       s.slot = cuda::to_device(Tensor(order.data() + i * B, DType::i32, {B}));
       steps.push_back(std::move(s));
@@ -108,7 +126,8 @@ void print_row(const std::string& name, const DecodeBench& bench, double bytes, 
   Ctx ctx;
   ctx.device = Device::cuda;
   const int turns = static_cast<int>(bench.steps.size());
-  const int repetitions = std::max(turns, std::min(turns * ((200 + turns - 1) / turns), 400));
+  const int repetitions =
+      bench.tokens > 100 ? turns : std::max(turns, std::min(turns * ((200 + turns - 1) / turns), 400));
   const testing::Timing t = testing::time_graph(repetitions, 15, [&](int i, cudaStream_t stream) {
     ctx.stream = stream;
     decode(ctx, i);
@@ -149,6 +168,13 @@ int run(const char* filter) {
     if (r.tokens > 1) continue;
     print_row(std::string(name) + " fused step", bench, bench.bytes() + bench.bytes_of_fusion(), bandwidth,
               [&](const Ctx& ctx, int i) { cuda::kda_step(ctx, bench.step_args(i)); });
+  }
+  for (const int H : {32, 96}) {
+    const std::string name = "B1 H" + std::to_string(H) + " D128 T8192 [K,V] f32 portable prefill";
+    if (std::strstr(name.c_str(), filter) == nullptr) continue;
+    const DecodeBench bench(1, H, 128, 8192, false, DType::f32);
+    print_row(name, bench, bench.bytes(), bandwidth,
+              [&](const Ctx& ctx, int i) { cuda::kda_prefill_chunks(ctx, bench.args(i)); });
   }
   std::printf("copy again %.1f GB/s\n", testing::copy_bandwidth() * 1e-9);
   return 0;

@@ -9,9 +9,8 @@
 //
 //   L_ij = beta_i Σ_k k_i k_j 2^(G_i - G_j), j < i      A_ij = scale Σ_k q_i k_j 2^(G_i - G_j), j <= i
 //   W_i = S (k_i 2^G_i)        Q_i = scale S (q_i 2^G_i)
-//   delta_i = beta_i (v_i - W_i) - Σ_{j<i} L_ij delta_j          by substitution, a thread per value channel
-//   o_i = Q_i + Σ_{j<=i} A_ij delta_j
-//   S <- S 2^G_15 + Σ_i delta_i (k_i 2^(G_15 - G_i))ᵀ
+//   delta_i = beta_i (v_i - W_i) - Σ_{j<i} L_ij delta_j          by substitution in f32, a thread per value
+//   channel o_i = Q_i + Σ_{j<=i} A_ij delta_j S <- S 2^G_15 + Σ_i delta_i (k_i 2^(G_15 - G_i))ᵀ
 //
 // Every power is of a sum that is not positive: nothing overflows for any gate, and what underflows is really
 // 0. A log2-decay is held at -150 first, where 2^x is 0 in f32 already: so that sums stay finite and
@@ -47,10 +46,12 @@ struct Shared {
     Inputs in;
     Factors factors;  // after the triangles are done
   };
-  float decay[KP];                                       // 2^G_15
-  float W[kChunk][kWidth + 4], Q[kChunk][kWidth + 4];    // products with the state
-  float L[kChunk][kChunk], A[kChunk][kChunk];            // triangles; beta is put into L at the end
-  float L_rest[kChunk][kChunk], A_rest[kChunk][kChunk];  // the second half of their channels
+  float decay[KP];                             // 2^G_15
+  float W[kChunk][kWidth + 4];                 // values first, then products of keys with the state
+  float L[kChunk][kChunk], A[kChunk][kChunk];  // sums over the first half of the channels; A_ii: all
+  float L_rest[kChunk][kChunk], A_rest[kChunk][kChunk];  // ... the second half
+  alignas(16) float L_columns[kChunk][kChunk];           // beta L, by columns
+  alignas(16) uint16_t A_halves[2][kChunk][kChunk + 8];  // {hi, lo}, 0 above the diagonal
   uint16_t delta[2][kWidth][kChunk + 8];                 // {hi, lo}
   float beta[kChunk];
 };
@@ -80,18 +81,19 @@ KL_DEVICE void load_chunk(RawChunk<KP>& raw, const StepParams& p, int64_t row, b
 }
 
 // Normalised keys and queries, log2-decays, values and beta of a chunk -> shared memory. The values stand in
-// the place of Q until their channels' threads have taken them.
+// the place of W until their channels' threads have taken them.
 template <int KP>
 KL_DEVICE void prepare_inputs(Shared<KP>& s, const RawChunk<KP>& raw, const StepParams& p, bool valid,
                               float factor, const float* dt_bias) {
   const int i = threadIdx.x / 16, c0 = threadIdx.x % 16;
-  float kk = 0, qq = 0;
+  float kk = 0, qq = 0, kq = 0;
 #pragma unroll
   for (int m = 0; m < KP / 16; ++m) {
     const float k = value_of(p.k, raw.k[m]), q = value_of(p.q, raw.q[m]);
-    kk = fmaf(k, k, kk), qq = fmaf(q, q, qq);
+    kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq);
   }
-  const Scales scales = scales_of(lanes_sum<15>(kk), lanes_sum<15>(qq), 0.f, p.l2norm, p.l2_eps, p.scale);
+  const Scales scales =
+      scales_of(lanes_sum<15>(kk), lanes_sum<15>(qq), lanes_sum<15>(kq), p.l2norm, p.l2_eps, p.scale);
 #pragma unroll
   for (int m = 0; m < KP / 16; ++m) {
     const int c = c0 + 16 * m;
@@ -102,8 +104,11 @@ KL_DEVICE void prepare_inputs(Shared<KP>& s, const RawChunk<KP>& raw, const Step
     s.in.G[i][c] = !valid ? 0.f : g * kLog2e < kLeastDecay ? kLeastDecay : g * kLog2e;  // NaN stays NaN
   }
 #pragma unroll
-  for (int m = 0; m < kWidth / 16; ++m) s.Q[i][c0 + 16 * m] = value_of(p.v, raw.v[m]);
-  if (c0 == 0) s.beta[i] = valid ? write_strength(p.beta_kind, value_of(p.beta, raw.beta)) : 0.f;
+  for (int m = 0; m < kWidth / 16; ++m) s.W[i][c0 + 16 * m] = value_of(p.v, raw.v[m]);
+  if (c0 == 0) {
+    s.beta[i] = valid ? write_strength(p.beta_kind, value_of(p.beta, raw.beta)) : 0.f;
+    s.A[i][i] = scales.kq;
+  }
 }
 
 // Log2-decays -> their sums from the chunk's first token on.
@@ -117,12 +122,13 @@ KL_DEVICE void sum_decays(Shared<KP>& s) {
   }
 }
 
-// The two triangles. A pair (i, j < i) is shared by the threads (i, j), first half of the channels, and (j,
-// i), second half; pairs on the diagonal have no power to take.
+// The two triangles below their diagonals. A pair (i, j < i) is shared by the threads (i, j), first half of
+// the channels, and (j, i), second half.
 template <int KP>
 KL_DEVICE void triangles(Shared<KP>& s) {
   const int x = threadIdx.x / 16, y = threadIdx.x % 16, i = max(x, y), j = min(x, y);
-  const int begin = x < y ? KP / 2 : 0, end = x > y ? KP / 2 : KP;
+  if (i == j) return;
+  const int begin = x < y ? KP / 2 : 0, end = begin + KP / 2;
   float kk = 0, qk = 0;
   for (int c = begin; c < end; c += 4) {
     float Gi[4], Gj[4], ki[4], kj[4], qi[4];
@@ -160,10 +166,9 @@ KL_DEVICE void make_factors(Shared<KP>& s) {
     rest[m] = s.in.G[kChunk - 1][c] - G[m];
   }
   __syncthreads();  // the inputs have been read; their place may be written
-  if (c0 < i) {
-    s.L[i][c0] = s.beta[i] * (s.L[i][c0] + s.L_rest[i][c0]);
-    s.A[i][c0] += s.A_rest[i][c0];
-  }
+  s.L_columns[c0][i] = c0 < i ? s.beta[i] * (s.L[i][c0] + s.L_rest[i][c0]) : 0.f;
+  const Halves a = halves_of(c0 < i ? s.A[i][c0] + s.A_rest[i][c0] : c0 == i ? s.A[i][i] : 0.f);
+  s.A_halves[0][i][c0] = a.hi, s.A_halves[1][i][c0] = a.lo;
 #pragma unroll
   for (int m = 0; m < KP / 16; ++m) {
     const int c = c0 + 16 * m;
@@ -200,11 +205,16 @@ KL_DEVICE void mma_halves(float (&d)[4], const uint32_t (&a_hi)[4], const uint32
   mma_bf16(d, a_hi, b_hi[0], b_hi[1]);
 }
 
-// W = S kgᵀ and Q = S qgᵀ of the warp's value channels, for all 16 tokens.
+// Accumulator fragments of the warp's value channels (16) x the chunk's tokens (two times 8).
+using WarpTokens = float[2][4];
+KL_DEVICE int token_of(int n, int e) { return 8 * n + 2 * (threadIdx.x % 4) + e % 2; }
+KL_DEVICE int value_channel_of(int e) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
+
+// W = S kgᵀ to shared memory, Q = S qgᵀ to registers.
 template <int KP>
-KL_DEVICE void products_with_state(Shared<KP>& s, const WarpState<KP>& S) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  float W[2][4] = {}, Q[2][4] = {};
+KL_DEVICE void products_with_state(WarpTokens& Q, Shared<KP>& s, const WarpState<KP>& S) {
+  const int lane = threadIdx.x % 32;
+  WarpTokens W = {};
 #pragma unroll
   for (int c = 0; c < KP; c += 16) {
     uint32_t hi[4], lo[4], kg[2][4], qg[2][4];
@@ -225,46 +235,68 @@ KL_DEVICE void products_with_state(Shared<KP>& s, const WarpState<KP>& S) {
 #pragma unroll
   for (int n = 0; n < 2; ++n)
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = 8 * n + 2 * (lane % 4) + e % 2, v = 16 * warp + lane / 4 + e / 2 * 8;
-      s.W[token][v] = W[n][e];
-      s.Q[token][v] = Q[n][e];
-    }
+    for (int e = 0; e < 4; ++e) s.W[token_of(n, e)][value_channel_of(e)] = W[n][e];
 }
 
-// Substitution and outputs of one value channel.
+// Substitution for one value channel, column by column of L: what a delta changes is independent of each
+// other.
 template <int KP>
-KL_DEVICE void solve(Shared<KP>& s, const StepParams& p, const float (&values)[kChunk], int64_t row,
-                     int tokens, int head, int v0) {
+KL_DEVICE void solve(Shared<KP>& s, const float (&values)[kChunk]) {
   const int v = threadIdx.x;
   float delta[kChunk];
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    float sum = s.beta[i] * (values[i] - s.W[i][v]);
+  for (int i = 0; i < kChunk; ++i) delta[i] = s.beta[i] * (values[i] - s.W[i][v]);
 #pragma unroll
-    for (int j = 0; j < i; ++j) sum = fmaf(-s.L[i][j], delta[j], sum);
-    delta[i] = sum;
-    const Halves halves = halves_of(sum);
-    s.delta[0][v][i] = halves.hi, s.delta[1][v][i] = halves.lo;
+  for (int j = 0; j < kChunk; ++j) {
+#pragma unroll
+    for (int i4 = (j + 1) / 4 * 4; i4 < kChunk; i4 += 4) {
+      float L[4];
+      load_channels(L, s.L_columns[j], i4);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (i4 + e > j) delta[i4 + e] = fmaf(-L[e], delta[j], delta[i4 + e]);
+    }
+    const Halves halves = halves_of(delta[j]);
+    s.delta[0][v][j] = halves.hi, s.delta[1][v][j] = halves.lo;
   }
+}
+
+// The halves of delta of the warp's value channels, as left operands.
+struct WarpDelta {
+  uint32_t hi[4], lo[4];
+};
+template <int KP>
+KL_DEVICE WarpDelta load_delta(const Shared<KP>& s) {
+  const int v = threadIdx.x / 32 * 16 + threadIdx.x % 16, first = threadIdx.x % 32 / 16 * 8;
+  WarpDelta delta;
+  ldmatrix_x4(delta.hi, smem_address(&s.delta[0][v][first]));
+  ldmatrix_x4(delta.lo, smem_address(&s.delta[1][v][first]));
+  return delta;
+}
+
+// o = Q + A delta, to memory.
+template <int KP>
+KL_DEVICE void put_out(WarpTokens& Q, const Shared<KP>& s, const WarpDelta& delta, const StepParams& p,
+                       int64_t row, int tokens, int head, int v0) {
+  const int lane = threadIdx.x % 32, i = lane % 8 + lane / 16 * 8, j = lane / 8 % 2 * 8;
+  uint32_t A[2][4];
+  ldmatrix_x4(A[0], smem_address(&s.A_halves[0][i][j]));
+  ldmatrix_x4(A[1], smem_address(&s.A_halves[1][i][j]));
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    if (i >= tokens) break;
-    float o = fmaf(s.A[i][i], delta[i], s.Q[i][v]);
+  for (int n = 0; n < 2; ++n) {
+    mma_halves(Q[n], delta.hi, delta.lo, A[0] + 2 * n, A[1] + 2 * n);
 #pragma unroll
-    for (int j = 0; j < i; ++j) o = fmaf(s.A[i][j], delta[j], o);
-    if (v0 + v < p.V) store_element(p.out, offset_of(p.out, row + i, head) + v0 + v, o);
+    for (int e = 0; e < 4; ++e) {
+      const int token = token_of(n, e), v = v0 + value_channel_of(e);
+      if (token < tokens && v < p.V) store_element(p.out, offset_of(p.out, row + token, head) + v, Q[n][e]);
+    }
   }
 }
 
 // S <- S 2^G_15 + deltaᵀ kr of the warp's value channels.
 template <int KP>
-KL_DEVICE void update_state(WarpState<KP>& S, const Shared<KP>& s) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint32_t hi[4], lo[4];
-  const int v = 16 * warp + lane % 16, first = lane / 16 * 8;
-  ldmatrix_x4(hi, smem_address(&s.delta[0][v][first]));
-  ldmatrix_x4(lo, smem_address(&s.delta[1][v][first]));
+KL_DEVICE void update_state(WarpState<KP>& S, const Shared<KP>& s, const WarpDelta& delta) {
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int c = 0; c < KP; c += 16) {
     uint32_t kr[2][4];
@@ -277,7 +309,7 @@ KL_DEVICE void update_state(WarpState<KP>& S, const Shared<KP>& s) {
       float(&d)[4] = S[c / 8 + n];
       const float2 decay = load2(s.decay + c + 8 * n + 2 * (lane % 4));
       d[0] *= decay.x, d[1] *= decay.y, d[2] *= decay.x, d[3] *= decay.y;
-      mma_halves(d, hi, lo, kr[0] + 2 * n, kr[1] + 2 * n);
+      mma_halves(d, delta.hi, delta.lo, kr[0] + 2 * n, kr[1] + 2 * n);
     }
   }
 }
@@ -338,17 +370,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     float values[kChunk];
     if (threadIdx.x < kWidth)
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) values[i] = s.Q[i][threadIdx.x];
+      for (int i = 0; i < kChunk; ++i) values[i] = s.W[i][threadIdx.x];
     sum_decays(s);
     __syncthreads();  // sums become visible; the values have been taken
     triangles(s);
     __syncthreads();  // the triangles are done with the inputs
     make_factors(s);
-    products_with_state(s, S);
-    __syncthreads();  // W and Q become visible to the value channels' threads
-    if (threadIdx.x < kWidth) solve(s, p, values, row, tokens, head, v0);
+    WarpTokens Q = {};
+    products_with_state(Q, s, S);
+    __syncthreads();  // W becomes visible to the value channels' threads
+    if (threadIdx.x < kWidth) solve(s, values);
     __syncthreads();  // delta becomes visible to the warps
-    update_state(S, s);
+    const WarpDelta delta = load_delta(s);
+    put_out(Q, s, delta, p, row, tokens, head, v0);
+    update_state(S, s, delta);
     while (checkpoint < p.checkpoints && p.checkpoint_row[checkpoint] <= row + tokens) {
       if (p.checkpoint_row[checkpoint] == row + tokens) leave_state(p.checkpoint_slot[checkpoint]);
       ++checkpoint;
