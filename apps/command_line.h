@@ -10,6 +10,7 @@
 namespace kl::app {
 
 void model_flags(CLI::App* command, ModelOptions&);
+void computing_flags(CLI::App* command, ModelOptions&);  // model_flags without the model and the threads
 void model_name(CLI::App* command, std::string& model);
 void context_flag(CLI::App* command, ModelOptions&);
 void sampling_flags(CLI::App* command, SamplingOptions&);

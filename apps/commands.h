@@ -20,6 +20,7 @@ struct ModelOptions {
   int64_t context = 0;             // -c; 0: the model's, at most 32768
   int batch = 512;                 // -b: prompt tokens at a time
   std::string cache_type = "f32";  // of the latent cache: f32 or bf16
+  std::string isa;                 // "": the best that this machine has
   bool hf_compat_router = false;
   std::optional<float> kv_a_layernorm_eps;
 };
@@ -86,6 +87,26 @@ struct VerifyOptions {
   uint64_t seed = 1;
 };
 int verify(const VerifyOptions&);
+
+struct BenchOptions {
+  ModelOptions model;
+  std::vector<int64_t> prompts = {512}, generates = {128}, depths = {0};
+  std::vector<std::string> pairs;  // "512,128": a prompt and a generation
+  std::vector<int> threads;        // empty: all processors
+  int parallel = 1;                // sequences
+  int repetitions = 5;
+  bool no_warmup = false;
+  std::string format = "md";
+};
+int bench(const BenchOptions&);
+
+struct BenchOpsOptions {
+  ModelOptions model;
+  std::string only;      // names that contain this; "": all
+  double seconds = 0.3;  // of each
+  std::string format = "md";
+};
+int bench_ops(const BenchOpsOptions&);
 
 struct SynthOptions {
   std::string output, like, tokenizer_from;

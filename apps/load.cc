@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "simd/isa.h"
 #include "terminal.h"
 #include "text/chat.h"
 
@@ -39,7 +40,18 @@ std::string model_directory(const std::string& model) {
   return resolve_model(model, {environment("HF_HUB_CACHE"), environment("HF_HOME"), environment("HOME")});
 }
 
+void choose_isa(const std::string& name) {
+  if (name.empty()) return;
+  std::string known;
+  for (const Isa isa : kIsas) {
+    if (name == name_of(isa)) return force_isa(isa);
+    if (isa_supported(isa)) known += cat(known.empty() ? "" : ", ", name_of(isa));
+  }
+  detail::fail(cat("--isa: expected one of ", known, ", found ", name));
+}
+
 Model open_model(const ModelOptions& options) {
+  choose_isa(options.isa);
   Progress progress("loading", "layers");
   Model model = load_model(model_directory(options.model),
                            [&](int done, int layers) { progress.update(done, layers); });

@@ -13,6 +13,7 @@ namespace kl::app {
 
 // `-m` resolved with this process's environment.
 std::string model_directory(const std::string& model);
+void choose_isa(const std::string& name);  // "": nothing is forced
 Model open_model(const ModelOptions&);
 EngineOptions engine_options(const ModelOptions&);
 std::unique_ptr<Engine> open_engine(const ModelOptions&);

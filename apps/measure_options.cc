@@ -22,6 +22,45 @@ void add_verify(CLI::App& app, Chosen& chosen) {
   command->add_option("-s,--seed", o.seed, "of the text or the ids (default 1)");
 }
 
+CLI::Option* format_flag(CLI::App* command, std::string& format) {
+  return command->add_option("-o,--output-format", format, "md, csv or json (default md)")
+      ->check(CLI::IsMember({"md", "csv", "json"}));
+}
+
+void add_bench(CLI::App& app, Chosen& chosen) {
+  CLI::App* command = nullptr;
+  BenchOptions& o = add_command(app, chosen, "bench", "tokens per second, beside what this machine could do",
+                                bench, command);
+  command->add_option("-m,--model", o.model.model,
+                      "checkpoint directory, or org/name in the Hugging Face cache");
+  computing_flags(command, o.model);
+  command->parse_complete_callback([command, &o] {
+    if (command->get_subcommands().empty() && o.model.model.empty()) throw CLI::RequiredError("--model");
+  });
+  const auto list = [&](const char* flags, auto& values, const char* help, int64_t low) {
+    command->add_option(flags, values, help)->delimiter(',')->check(CLI::Range(low, int64_t{1} << 30));
+  };
+  list("-p,--n-prompt", o.prompts, "prompt lengths, e.g. 512,2048; 0: none (default 512)", 0);
+  list("-n,--n-gen", o.generates, "tokens to generate; 0: none (default 128)", 0);
+  list("-d,--n-depth", o.depths, "tokens in the context before (default 0)", 0);
+  list("-t,--threads", o.threads, "threads, e.g. 1,2 (default: all processors)", 1);
+  command->add_option("--pg", o.pairs, "a prompt and a generation one after the other, e.g. --pg 512,128");
+  command->add_option("--parallel,--np", o.parallel, "sequences computed together (default 1)")
+      ->check(CLI::Range(1, 1024));
+  command->add_option("-r,--repetitions", o.repetitions, "of every measurement (default 5)")
+      ->check(CLI::Range(1, 10000));
+  command->add_flag("--no-warmup", o.no_warmup, "measure at once");
+  format_flag(command, o.format);
+
+  CLI::App* ops = nullptr;
+  BenchOpsOptions& p =
+      add_command(*command, chosen, "ops", "single operators at the shapes of a model", bench_ops, ops);
+  model_flags(ops, p.model);
+  ops->add_option("--only", p.only, "operators whose name contains this, e.g. kda");
+  ops->add_option("--seconds", p.seconds, "for each operator (default 0.3)")->check(CLI::Range(0., 1e4));
+  format_flag(ops, p.format);
+}
+
 // The fields of config.json as flags.
 struct IntField {
   const char *flags, *help;
@@ -114,6 +153,7 @@ void add_synth(CLI::App& app, Chosen& chosen) {
 void add_measure_commands(CLI::App& app, Chosen& chosen) {
   add_synth(app, chosen);
   add_verify(app, chosen);
+  add_bench(app, chosen);
 }
 
 }  // namespace kl::app

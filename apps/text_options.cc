@@ -13,10 +13,17 @@ void model_flags(CLI::App* command, ModelOptions& o) {
   model_name(command, o.model);
   command->add_option("-t,--threads", o.threads, "threads (default: all processors)")
       ->check(CLI::Range(1, 4096));
+  computing_flags(command, o);
+}
+
+void computing_flags(CLI::App* command, ModelOptions& o) {
   command->add_option("-b,--batch-size,--max-num-batched-tokens", o.batch, "prompt tokens at a time")
       ->check(CLI::Range(1, 1 << 20));
   command->add_option("--cache-type,--kv-cache-dtype", o.cache_type, "latent cache: f32 or bf16")
       ->check(CLI::IsMember({"f32", "bf16"}));
+  command->add_option(
+      "--isa", o.isa,
+      "instruction set: generic, avx2, avx512 or avx512_bf16 (default: the best of this machine)");
   command->add_flag("--hf-compat-router", o.hf_compat_router,
                     "add the correction bias to the expert weights too, as Moonshot's Python code does");
   command->add_option("--kv-a-norm-eps", o.kv_a_layernorm_eps, "eps of kv_a_layernorm (default 1e-6)")

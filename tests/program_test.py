@@ -270,6 +270,51 @@ class Verify(unittest.TestCase):
         self.assertEqual(result.stdout.count("FAIL"), 1)
 
 
+class Bench(unittest.TestCase):
+    """What the tables say, not how fast anything is."""
+
+    def test_a_row_for_every_test(self):
+        result = run("bench", "-m", DEMO, "-p", "16,40", "-n", "3", "-d", "0,20", "-t", "1,2", "--pg", "8,2", "-r", "2")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.split("\n") if line.startswith("|")]
+        self.assertEqual(rows[0], ["model", "size", "params", "backend", "threads", "test", "t/s", "% roofline"])
+        tests = ["pp16", "pp40", "tg3", "pp8+tg2"]
+        self.assertEqual([row[5] for row in rows[2:]], (tests + [t + " @ d20" for t in tests]) * 2)
+        self.assertEqual([row[4] for row in rows[2:]], ["1"] * 8 + ["2"] * 8)
+        self.assertTrue(all(" \u00b1 " in row[6] for row in rows[2:]))
+        self.assertIn("roofline of 2 threads", result.stdout)
+
+    def test_json_and_csv_say_the_same(self):
+        flags = ["-m", DEMO, "-p", "16", "-n", "2", "-r", "3", "--np", "2", "--isa", "generic"]
+        rows = json.loads(run("bench", *flags, "-o", "json").stdout)
+        self.assertEqual([row["test"] for row in rows], ["pp16 x 2", "tg2 x 2"])
+        for row in rows:
+            self.assertEqual(len(row["samples_ts"]), 3)
+            self.assertAlmostEqual(row["avg_ts"], sum(row["samples_ts"]) / 3, delta=1e-6 * row["avg_ts"])
+            self.assertEqual((row["size"], row["params"], row["backend"]), (29057296, 14527044, "CPU generic"))
+            self.assertGreater(row["roofline_percent"], 0)
+        table = run("bench", *flags, "-o", "csv").stdout.split("\n")
+        self.assertEqual(table[0].split(","), list(rows[0]))
+        self.assertEqual(len(table), 4)
+
+    def test_operators(self):
+        rows = json.loads(run("bench", "ops", "-m", DEMO, "--seconds", "0", "-o", "json").stdout)
+        for name in ("linear kda.q_proj", "kda_prefill", "kda_decode", "mla_prefill", "mla_decode", "moe_experts", "short_conv"):
+            self.assertIn(name, [row["operator"] for row in rows])
+        for row in rows:
+            self.assertGreater(row["median us"], 0)
+            self.assertGreater(row["GB/s"], 0)
+        only = json.loads(run("bench", "ops", "-m", DEMO, "--seconds", "0", "-o", "json", "--only", "short_conv").stdout)
+        self.assertEqual({row["operator"] for row in only}, {"short_conv"})
+        self.assertEqual(run("bench", "ops", "-m", DEMO, "--only", "nothing of that name", "-o", "json").stdout, "[]\n")
+
+    def test_wrong_numbers_are_refused(self):
+        for flags, code in ((["-p", "0", "-n", "0"], 1), (["--pg", "5"], 1), (["--isa", "mmx"], 1), (["-p", "x"], 2), (["-r", "0"], 2), (["-o", "xml"], 2)):
+            self.assertEqual(run("bench", "-m", DEMO, *flags).returncode, code, flags)
+        self.assertEqual(run("bench", "-p", "5").returncode, 2)
+        self.assertEqual(run("bench", "ops").returncode, 2)
+
+
 class Errors(unittest.TestCase):
     def test_usage_errors_exit_with_2(self):
         for arguments in ([], ["nonsense"], ["run"], ["run", "-m", DEMO, "--no-such-flag", "x"], ["run", "-m", DEMO, "-t", "x", "y"],
