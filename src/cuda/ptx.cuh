@@ -89,6 +89,15 @@ KL_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- The optimiser ----------------------------------------------------------------------------------------
+
+// x, but the compiler does not know: nothing computed from it is moved out of a loop, where it would hold
+// registers all the time.
+KL_DEVICE int64_t opaque(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+
 // ---- Matrix fragments -------------------------------------------------------------------------------------
 
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

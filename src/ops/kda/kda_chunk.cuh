@@ -40,7 +40,7 @@ struct PrefillParams {
   int segment_chunks;  // a sequence of n chunks has ceil(n / segment_chunks) segments
 
   // Workspace; all but `next_item` null where no sequence can have two segments.
-  int* next_item;  // [2], zeroed before the first kernel
+  int* next_item;  // [2], zero before each kernel that counts
   int* progress;   // [segments, heads] chunks with qt written, negated once M is negligible
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
@@ -140,14 +140,30 @@ KL_DEVICE Segment find_segment(const PrefillParams& p, int id) {  // the same in
   return s;
 }
 
+// Whole sequences, the longest first where a warp can see them all: the last ones to start are short.
+KL_DEVICE Segment find_by_length(const PrefillParams& p, int rank) {
+  if (p.sequences > 32) return find_segment(p, rank);
+  int number = 0;
+  walk_sequences(p, [&](int n, int64_t, int64_t, int chunks, int, int) {
+    int before = 0;
+    for (int m = 0; m < p.sequences; ++m) {
+      const int other = __shfl_sync(0xffffffffu, chunks, m);
+      before += other > chunks || (other == chunks && m < n);
+    }
+    number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, n >= 0 && before == rank))) - 1;
+    return true;
+  });
+  return find_segment(p, number);
+}
+
 // Where one head's state stands in the pool.
 struct StatePlace {
   Operand pool;
   int64_t base, k_stride, v_stride;
 };
 KL_DEVICE StatePlace state_place(const PrefillParams& p, int slot, int head) {
-  return {p.state, offset_of(p.state, slot, head), p.state_v_first ? 1 : p.state_row_stride,
-          p.state_v_first ? p.state_row_stride : 1};
+  return {p.state, offset_of(p.state, slot, head), opaque(p.state_v_first ? 1 : p.state_row_stride),
+          opaque(p.state_v_first ? p.state_row_stride : 1)};
 }
 
 // The kernels behind kda_prefill_sm90() that make one out of many segments: states before each segment and

@@ -31,15 +31,14 @@ KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u);
 
 // What turns a raw gate and its bias into log2 of a decay.
 struct GateForm {
-  KdaGateKind kind;
   float in, out;  // factors before and after the nonlinear part
 };
 KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
   const float rate = gate.A_log != nullptr ? expf(gate.A_log[head]) : 1.f;
   switch (gate.kind) {
-    case KdaGateKind::softplus: return {gate.kind, kLog2e, -rate};
-    case KdaGateKind::bounded: return {gate.kind, -kLog2e * rate, gate.lower_bound * kLog2e};
-    default: return {gate.kind, kLog2e, 1.f};
+    case KdaGateKind::softplus: return {kLog2e, -rate};
+    case KdaGateKind::bounded: return {-kLog2e * rate, gate.lower_bound * kLog2e};
+    default: return {kLog2e, 1.f};
   }
 }
 KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
@@ -49,24 +48,25 @@ KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
   return f.out * (fmaxf(y, 0.f) + (u < 0.0625f ? series : log2_approx(1.f + u)));
 }
 // Elements e / 4 = 0 and 1 have one bias each.
+template <KdaGateKind kKind>
 KL_DEVICE void log2_decays(const GateForm& f, const float (&bias)[2], float (&x)[8]) {
   const float b[2] = {bias[0] * f.in, bias[1] * f.in};
 #pragma unroll
   for (int e = 0; e < 8; ++e) x[e] = fmaf(x[e], f.in, b[e / 4]);
-  if (f.kind == KdaGateKind::bounded) {
+  if constexpr (kKind == KdaGateKind::bounded) {
 #pragma unroll
     for (float& e : x) e = f.out * rcp_approx(1.f + exp2_approx(e));
-  } else if (f.kind == KdaGateKind::softplus) {
+  } else if constexpr (kKind == KdaGateKind::softplus) {
 #pragma unroll
     for (float& e : x) e = log2_decay_softplus(f, e);
   }
-  if (f.kind != KdaGateKind::bounded || f.out < kMinLogDecay) {
+  if (kKind != KdaGateKind::bounded || f.out < kMinLogDecay) {
 #pragma unroll
     for (float& e : x) e = fmaxf(e, kMinLogDecay);
   }
 }
 
-template <int D, bool kGateF32>
+template <int D, bool kGateF32, KdaGateKind kKind>
 class Producer {
   using R = Ring<D, kGateF32>;
 
@@ -89,7 +89,10 @@ class Producer {
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const bool end = info.item == Item::none;
-      if (info.rows > 0) chunk(turn.slot, info);
+      if (info.rows == kChunkTokens)
+        chunk<true>(turn.slot, info);
+      else if (info.rows > 0)
+        chunk<false>(turn.slot, info);
       fence_proxy_async();  // the factors become visible to the tensor cores
       __syncwarp();
       if (lane == 0) mbarrier_arrive(ring.ready(turn.slot));
@@ -149,14 +152,15 @@ class Producer {
     if (bias != nullptr)
       raw.bias[0] = __ldg(bias + 16 * step + g), raw.bias[1] = __ldg(bias + 16 * step + g + 8);
   }
+  template <bool kFull>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
 #pragma unroll
     for (int e = 0; e < 8; ++e)
       x[e] = kGateF32 ? __uint_as_float(raw.x[kGateF32 ? e : 0])
              : e % 2  ? high_half(raw.x[e / 2])
                       : low_half(raw.x[e / 2]);
-    log2_decays(form, raw.bias, x);
-    if (rows < kChunkTokens) {
+    log2_decays<kKind>(form, raw.bias, x);
+    if (!kFull) {
 #pragma unroll
       for (int e = 0; e < 8; ++e)
         if (2 * t + e % 2 + e / 2 % 2 * 8 >= rows) x[e] = 0.f;
@@ -253,6 +257,8 @@ class Producer {
     }
   }
 
+  // kFull: all 16 tokens are there.
+  template <bool kFull>
   KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
     const int rows = info.rows, head = info.head;
     const uint32_t pair = ring.slot(slot) + R::kPair, write = ring.slot(slot) + R::kWrite;
@@ -263,12 +269,12 @@ class Producer {
     float k_scale[2] = {1, 1}, q_scale[2] = {1, 1};
     if (p.l2norm) inverse_lengths(pair, k_scale), inverse_lengths(pair + R::kPanelBytes, q_scale);
     q_scale[0] *= p.scale, q_scale[1] *= p.scale;
-    if (g >= rows) k_scale[0] = q_scale[0] = 0;  // their own may be a NaN
-    if (g + 8 >= rows) k_scale[1] = q_scale[1] = 0;
+    if (!kFull && g >= rows) k_scale[0] = q_scale[0] = 0;  // their own may be a NaN
+    if (!kFull && g + 8 >= rows) k_scale[1] = q_scale[1] = 0;
     // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
     const float least_decay = p.l2norm ? 0x1p-118f : 0x1p-100f;
     const GateForm form = gate_form(p.gate, head);
-    const float* bias = p.gate.dt_bias != nullptr && p.gate.kind != KdaGateKind::log_decay
+    const float* bias = p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 
@@ -280,14 +286,14 @@ class Producer {
       float sum[8];
       {
         float x[8];
-        gates(raw, form, rows, x);
-        if (step + 1 < D / 16) load_gate(slot, bias, step + 1, raw);
+        gates<kFull>(raw, form, rows, x);
+        load_gate(slot, bias, min(step + 1, D / 16 - 1), raw);
         sum_gates(x, sum);
       }
       uint32_t k_raw[4], q_raw[4];
       ldmatrix_x4(k_raw, block<2 * R::kPanelBytes>(pair, step));
       ldmatrix_x4(q_raw, block<2 * R::kPanelBytes>(pair + R::kPanelBytes, step));
-      if (rows < kChunkTokens) {
+      if (!kFull) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if (g + i % 2 * 8 >= rows) k_raw[i] = q_raw[i] = 0;

@@ -126,7 +126,8 @@ struct Loader {
   KL_DEVICE Loader(const PrefillParams& params, const PrefillMaps& m, R r) : p(params), maps(m), ring(r) {}
 
   KL_DEVICE void load_chunk(const ChunkInfo& info, int qk_head) {
-    mbarrier_wait(ring.free(turn.slot), turn.phase ^ 1);
+    // Far ahead of the others: it may sleep, and leave them the issue slots.
+    while (!mbarrier_try_wait(ring.free(turn.slot), turn.phase ^ 1)) __nanosleep(200);
     ring.info(turn.slot) = info;
     const uint32_t bar = ring.raw(turn.slot), slot = ring.slot(turn.slot);
     if (info.rows > 0) {
@@ -186,19 +187,26 @@ struct Loader {
     }
   }
 
+  // The block's next item. Where sequences are split there is at most one probe and about one value item for
+  // a block, so turns will do; elsewhere, and for the transitions that are left over, blocks take what is
+  // next.
+  KL_DEVICE int next_item(int before, bool second) const {
+    if (p.progress != nullptr && !second) return before < 0 ? blockIdx.x : before + gridDim.x;
+    int i = 0;
+    if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item + second, 1);
+    return __shfl_sync(0xffffffffu, i, 0);
+  }
+
   // First all probes, then all values; in the second kernel the transitions that the probes left open.
   KL_DEVICE void run(bool second) {
     const int total = count_segments(p) * p.heads;
     const bool split = p.progress != nullptr;
+    if (split && !second && blockIdx.x == 0 && threadIdx.x % 32 == 0) p.next_item[1] = 0;
     const int items = second || !split ? total : 2 * total;
-    for (;;) {
-      int i = 0;
-      if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item + second, 1);
-      i = __shfl_sync(0xffffffffu, i, 0);
-      if (i >= items) break;
+    for (int i = next_item(-1, second); i < items; i = next_item(i, second)) {
       const bool value = !second && i >= items - total;
       const int of_kind = i >= total ? i - total : i, head = of_kind % p.heads;
-      const Segment s = find_segment(p, of_kind / p.heads);
+      const Segment s = split ? find_segment(p, of_kind / p.heads) : find_by_length(p, of_kind / p.heads);
       if (value) {
         load_item(Item::value, s, head, 0, s.chunks);
       } else if (s.index > 0) {

@@ -34,15 +34,29 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     fence_barrier_init();
   }
   __syncthreads();  // the barriers are initialised
+  release_next_kernel();
+  if (second) wait_for_previous_kernel();
   if (warp < kConsumerWarps) {
     registers_increase<kConsumerRegisters>();
     if (warp < D / 16) Consumer<D, kGateF32>(p, ring, warp).run();
   } else {
     registers_decrease<kOtherRegisters>();
-    if (warp < kConsumerWarps + kProducers)
-      Producer<D, kGateF32>(p, ring, warp - kConsumerWarps).run(warp - kConsumerWarps);
-    else
+    const int producer = warp - kConsumerWarps;
+    if (producer < kProducers) {
+      switch (p.gate.kind) {
+        case KdaGateKind::log_decay:
+          Producer<D, kGateF32, KdaGateKind::log_decay>(p, ring, producer).run(producer);
+          break;
+        case KdaGateKind::softplus:
+          Producer<D, kGateF32, KdaGateKind::softplus>(p, ring, producer).run(producer);
+          break;
+        case KdaGateKind::bounded:
+          Producer<D, kGateF32, KdaGateKind::bounded>(p, ring, producer).run(producer);
+          break;
+      }
+    } else {
       Loader<D, kGateF32>(p, maps, ring).run(second);
+    }
   }
 }
 
@@ -109,10 +123,11 @@ template <int D, bool kGateF32>
 void run(const PrefillParams& p, const PrefillMaps& maps, const Plan& plan, cudaStream_t stream) {
   const int64_t items = std::max(plan.segments, plan.N) * plan.heads;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));
-  const LaunchConfig config{
+  LaunchConfig config{
       .grid = blocks, .block = kBlockThreads, .smem = Ring<D, kGateF32>::kBytes, .stream = stream};
   launch(prefill_kernel<D, kGateF32>, config, p, maps, false);
   if (plan.segments == 0) return;
+  config.overlap_previous = true;
   launch(prefill_kernel<D, kGateF32>, config, p, maps, true);
   chain_segments(p, plan.D, plan.segments, plan.T, stream);
 }
@@ -148,7 +163,8 @@ void kda_prefill_sm90(const Ctx& ctx, const KdaArgs& a) {
             .v = row_boxes(a.v, kChunkTokens),
             .g = row_boxes(a.g, kChunkTokens)};
   const cudaStream_t stream = static_cast<cudaStream_t>(ctx.stream);
-  KL_CUDA_CHECK(cudaMemsetAsync(p.next_item, 0, 2 * sizeof(int), stream), "clearing the item counters");
+  if (plan.segments == 0)
+    KL_CUDA_CHECK(cudaMemsetAsync(p.next_item, 0, sizeof(int), stream), "clearing the item counter");
   const bool gate_f32 = a.g.dtype == DType::f32;
   if (plan.D == 128)
     gate_f32 ? run<128, true>(p, maps, plan, stream) : run<128, false>(p, maps, plan, stream);

@@ -3,7 +3,7 @@
 // factors that kda_factors_sm90.cuh names:
 //
 //   [R | O]  = [v | 0]^T + S^T [-k e^G | scale q e^G]^T        64 x 32 x D
-//   O       += R (A T)^T                                       64 x 16 x 16, mma.sync
+//   O       += R (A T)^T                                       64 x 16 x 16
 //   S^T      = S^T Diag(e^Gend) + R (T^T (k e^(Gend - G)))     64 x D x 16
 //
 // S and R are rounded to bf16 where they are left operands; accumulators are rearranged into them inside a
@@ -59,14 +59,19 @@ class Consumer {
     const int64_t out_step = kChunkTokens * (kValue ? p.out.token_stride : static_cast<int64_t>(p.heads) * D);
     float S[D / 2];  // [channel / 8][2 (v / 8) + channel % 2]
     load_state(first, S);
-    for (int left = first.chunks - first.chunk;; out += out_step) {
+    if (first.rows == 0) {  // an empty sequence
+      if (kValue) end_value(first, S);
+      release();
+      return;
+    }
+    int left = first.chunks - first.chunk;
+    for (;; out += out_step) {
+      chunk<kValue>(left == 1, out, S);
       const ChunkInfo& info = ring.info(turn.slot);
-      const int rows = info.rows, checkpoint = info.checkpoint;
-      if (rows > 0) chunk<kValue>(rows, out, S);
       const bool last = --left == 0;
       bool over = last;
       if (kValue) {
-        if (checkpoint >= 0) store_checkpoints(info, S);
+        if (info.checkpoint >= 0) store_checkpoints(info, S);
         if (last) end_value(info, S);
       } else {
         over = transition_over(info, S, last);
@@ -167,7 +172,7 @@ class Consumer {
   // ---- One chunk ----
 
   template <bool kValue>
-  KL_DEVICE void chunk(int rows, bf16* out, float* S) const {
+  KL_DEVICE void chunk(bool last, bf16* out, float* S) const {
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
     const int slot = __shfl_sync(0xffffffffu, turn.slot, 0);
     const uint32_t base = ring.slot(slot);
@@ -186,7 +191,8 @@ class Consumer {
         const int e = 4 * (m % 2) + 2 * (m / 2);
         RO[e] = __uint_as_float(v[m] << 16), RO[e + 1] = __uint_as_float(v[m] & 0xffff0000u);
       }
-      if (rows < kChunkTokens) {
+      if (last) {
+        const int rows = ring.info(slot).rows;
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           if (2 * t + e % 2 + e / 4 * 8 >= rows) RO[e] = 0;
@@ -197,7 +203,8 @@ class Consumer {
     for (int step = 0; step < D / 16; ++step)
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[step][i] = pack_bf16(S[8 * step + 2 * i], S[8 * step + 2 * i + 1]);
-    // Behind the issue of the first product this would be free, but ptxas then serialises every wgmma.
+    // Behind the issue of the first product this would be free, but ptxas then spills or serialises every
+    // wgmma.
     const float* decay = ring.decay(slot) + 2 * t;
 #pragma unroll
     for (int c = 0; c < D / 8; ++c) {
@@ -205,40 +212,42 @@ class Consumer {
       S[4 * c] *= d.x, S[4 * c + 1] *= d.y, S[4 * c + 2] *= d.x, S[4 * c + 3] *= d.y;
     }
 
+    wgmma_pin<D / 2>(S);
     wgmma_pin<16>(RO);
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
       wgmma_m64n32k16<0>(RO, s[step], pair + (step / 4 * 2 * R::kPanelBytes + step % 4 * 32) / 16);
     wgmma_commit();
-    uint32_t z[4];  // (A T)^T, 8 x 8 blocks
-    ldmatrix_x4(z, ring.base() + R::kRead + slot * 512 + lane * 16);
     wgmma_wait<0>();
     wgmma_pin<16>(RO);
     const uint32_t r[4] = {pack_bf16(RO[0], RO[1]), pack_bf16(RO[2], RO[3]), pack_bf16(RO[4], RO[5]),
                            pack_bf16(RO[6], RO[7])};
-    float O[2][4] = {{RO[8], RO[9], RO[10], RO[11]}, {RO[12], RO[13], RO[14], RO[15]}};
+    wgmma_pin<16>(RO);
     wgmma_pin<D / 2>(S);
     wgmma_fence();
+    // The first half of this product's right operand is whatever stands before A T, and its result is not
+    // used: an accumulator of eight registers inside one of sixteen would be serialised.
+    wgmma_m64n32k16<0>(RO, r,
+                       wgmma_matrix(ring.base() + R::kRead + slot * 512 - 512, 128, 256, WgmmaLayout::plain));
     if constexpr (D == 128)
       wgmma_m64n128k16<1>(S, r, write);
     else
       wgmma_m64n64k16<1>(S, r, write);
     wgmma_commit();
-    mma_bf16(O[0], r, z[0], z[1]);
-    mma_bf16(O[1], r, z[2], z[3]);
-    const uint32_t o[4] = {pack_bf16(O[0][0], O[0][1]), pack_bf16(O[0][2], O[0][3]),
-                           pack_bf16(O[1][0], O[1][1]), pack_bf16(O[1][2], O[1][3])};
     wgmma_wait<0>();
+    wgmma_pin<16>(RO);
     wgmma_pin<D / 2>(S);
-
-    // 16 value channels x 16 tokens through the warp's corner of shared memory: 32 bytes of a row at a time.
+    const uint32_t o[4] = {pack_bf16(RO[8], RO[9]), pack_bf16(RO[10], RO[11]), pack_bf16(RO[12], RO[13]),
+                           pack_bf16(RO[14], RO[15])};
+    // 16 value channels x 16 tokens through the warp's corner of shared memory, so that 32 bytes of a row
+    // leave at a time.
     const uint32_t stage = ring.base() + R::kStage + warp * 512;
     stmatrix_x4_trans(stage + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16, o);
     __syncwarp();
     const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
+    if (!last || lane / 2 < ring.info(slot).rows) *reinterpret_cast<uint4*>(out) = eight;
     __syncwarp();
-    if (lane / 2 < rows) *reinterpret_cast<uint4*>(out) = eight;
   }
 };
 

@@ -32,7 +32,9 @@ KL_DEVICE Segment find_sequence(const PrefillParams& p, int n) {
 template <int D>
 __global__ void __launch_bounds__(kChainThreads) chain_kernel(const __grid_constant__ PrefillParams p) {
   constexpr int kRows = kSlab / (kChainThreads / D);  // of a thread; it has one key channel
-  __shared__ float state[kSlab][D];
+  __shared__ __align__(16) float state[kSlab][D + 4];
+  wait_for_previous_kernel();
+  release_next_kernel();
   const int n = static_cast<int>(blockIdx.x) / p.heads, head = static_cast<int>(blockIdx.x) % p.heads;
   const Segment s = find_sequence(p, n);
   if (s.count == 1) return;  // its final state is written already
@@ -80,9 +82,15 @@ __global__ void __launch_bounds__(kChainThreads) chain_kernel(const __grid_const
   const int slot = (p.slot_out != nullptr ? p.slot_out : p.slot)[n];
   if (slot < 0) return;
   const StatePlace place = state_place(p, slot, head);
+  __syncthreads();  // nobody still reads the state before
 #pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    store_element(place.pool, place.base + k * place.k_stride + (v0 + row0 + r) * place.v_stride, x[r]);
+  for (int r = 0; r < kRows; ++r) state[row0 + r][k] = x[r];
+  __syncthreads();  // the final state is there
+  // Neighbours in the pool to neighbouring threads.
+  for (int i = static_cast<int>(threadIdx.x); i < kSlab * D; i += kChainThreads) {
+    const int v = p.state_v_first ? i / D : i % kSlab, key = p.state_v_first ? i % D : i / kSlab;
+    store_element(place.pool, place.base + key * place.k_stride + (v0 + v) * place.v_stride, state[v][key]);
+  }
 }
 
 // out += qt · (state before the segment), for the tokens that have a qt.
@@ -90,6 +98,7 @@ template <int D>
 __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const __grid_constant__ PrefillParams p) {
   constexpr int kRow = D + 8;
   __shared__ __align__(16) bf16 state[D * kRow];  // [value channel][key channel]
+  wait_for_previous_kernel();
   const int head = static_cast<int>(blockIdx.x) % p.heads;
   const Segment s = find_segment(p, static_cast<int>(blockIdx.x) / p.heads);
   if (s.sequence < 0 || s.index == 0) return;
@@ -160,7 +169,8 @@ void chain_segments(const PrefillParams& p, int64_t D, int64_t segments, int64_t
   const LaunchConfig apply{.grid = {static_cast<unsigned>(segments) * heads,
                                     static_cast<unsigned>((longest + kApplyTokens - 1) / kApplyTokens)},
                            .block = kApplyThreads,
-                           .stream = stream};
+                           .stream = stream,
+                           .overlap_previous = true};
   if (D == 128) {
     launch(chain_kernel<128>, chain, p);
     launch(apply_kernel<128>, apply, p);

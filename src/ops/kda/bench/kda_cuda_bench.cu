@@ -317,9 +317,9 @@ std::vector<Target> targets() {
                           {{"B1 T65536 H8", {65536}, 8, 8, 128}, 0.55, 0.35},
                           {{"B8 T1024 H32", equal(8, 1024), 32, 32, 128}, 0.22, 0.14},
                           {{"pack of 6 H96", pack, 96, 96, 128}, 0.60, 0.40}};
-  const auto small = [&](int64_t T, int H, int N) {
+  const auto small = [&](int64_t T, int H, int N) {  // T tokens in all
     all.push_back({{"T" + std::to_string(T) + " H" + std::to_string(H) + " N" + std::to_string(N),
-                    equal(N, T), H, H, 128},
+                    equal(N, T / N), H, H, 128},
                    0,
                    0});
   };
