@@ -1,7 +1,7 @@
-// The doors of Kimi Delta Attention: check, then the one switch over devices. On the CPU a task is one value
-// head of one sequence, so that results do not depend on the number of threads.
+// The doors of Kimi Delta Attention: check, then the one switch over devices.
 #include "ops/kda/kda.h"
 
+#include "ops/kda/kda_cpu.h"
 #include "ops/kda/kda_head.h"
 #ifdef KL_CUDA
 #include "cuda/launch.h"
@@ -90,7 +90,7 @@ void kda_prefill(Ctx& ctx, const KdaArgs& args) {
   switch (ctx.device) {
     case Device::cpu: {
       const TraceScope trace(ctx.trace, "kda_prefill", bytes_moved(args), prefill_flops(args));
-      return kda::for_each_head(ctx.pool, args, kda::chunk_head);
+      return kda_prefill_cpu(ctx, args);
     }
     case Device::cuda: {
 #ifdef KL_CUDA
@@ -116,7 +116,7 @@ void kda_decode(Ctx& ctx, const KdaArgs& args) {
   switch (ctx.device) {
     case Device::cpu: {
       const TraceScope trace(ctx.trace, "kda_decode", bytes_moved(args), decode_flops(args));
-      return kda::for_each_head(ctx.pool, args, kda::recurrent_head<float>);
+      return kda_decode_cpu(ctx, args);
     }
     case Device::cuda: {
 #ifdef KL_CUDA

@@ -65,7 +65,7 @@ struct KdaArgs {
   Tensor workspace;  // u8
 };
 
-// Any lengths. CPU: the chunkwise algorithm in f32.
+// Any lengths. CPU: the chunkwise algorithm in f32; in f64 where beta may pass 1.
 void kda_prefill(Ctx&, const KdaArgs&);
 // Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
 // CPU.
@@ -78,7 +78,7 @@ void kda_decode(Ctx&, const KdaArgs&);
 enum class KdaPrecision { f32, f64 };
 void kda_recurrent_ref(const KdaArgs&, KdaPrecision);
 
-// The chunkwise algorithm of the paper in plain f32 code (kda_chunk_ref.cc). CPU tensors only.
+// The chunkwise algorithm of the paper in plain code (kda_chunk_ref.cc). CPU tensors only.
 void kda_chunk_ref(const KdaArgs&);
 
 // Throws kl::Error unless the tensors fit together as KdaArgs says.

@@ -1,5 +1,6 @@
 // The chunkwise algorithm of Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 3) in plain code:
-// chunks of C = 64 tokens, and inside a chunk sub-chunks of B = 16. It is the CPU's prefill.
+// chunks of C = 64 tokens, and inside a chunk sub-chunks of B = 16. It is the CPU's prefill where beta may
+// pass 1; the vectorised one is kda_cpu.cc.
 //
 // With S the state before a chunk, rows i, j of the chunk, and the decay of an interval
 //

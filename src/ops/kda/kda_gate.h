@@ -44,6 +44,9 @@ class HeadGate {
     }
   }
 
+  Real rate() const { return rate_; }
+  const Real* bias() const { return bias_.data(); }
+
   // Turns a row of K raw values into log-decays, each from 0 to -inf.
   void apply(Real* z) const {
     switch (kind_) {

@@ -81,10 +81,9 @@ Real load_beta(const Head& h, int64_t t) {
   return static_cast<Real>(write_strength(h.args.beta_kind, x));
 }
 
-// The state at `slot` <-> S[K][padded(V)], for either layout of the pool. A negative slot reads as zeros.
+// The state at `slot` <-> S[K][width], for either layout of the pool. A negative slot reads as zeros.
 template <class Real>
-void load_state(const Head& h, int64_t slot, Real* S) {
-  const int64_t width = padded(h.V);
+void load_state(const Head& h, int64_t slot, Real* S, int64_t width) {
   std::fill(S, S + h.K * width, Real(0));
   if (slot < 0) return;
   const Tensor pool = h.args.state[slot][h.head];
@@ -97,9 +96,8 @@ void load_state(const Head& h, int64_t slot, Real* S) {
   });
 }
 template <class Real>
-void store_state(const Head& h, const Real* S, int64_t slot) {
+void store_state(const Head& h, const Real* S, int64_t slot, int64_t width) {
   if (slot < 0) return;
-  const int64_t width = padded(h.V);
   const Tensor pool = h.args.state[slot][h.head];
   const int64_t step_k = pool.stride[h.args.state_v_first ? 1 : 0],
                 step_v = pool.stride[h.args.state_v_first ? 0 : 1];
@@ -108,6 +106,15 @@ void store_state(const Head& h, const Real* S, int64_t slot) {
     for (int64_t d = 0; d < h.K; ++d)
       for (int64_t i = 0; i < h.V; ++i) to[d * step_k + i * step_v] = static_cast<T>(S[d * width + i]);
   });
+}
+
+template <class Real>
+void load_state(const Head& h, int64_t slot, Real* S) {
+  load_state(h, slot, S, padded(h.V));
+}
+template <class Real>
+void store_state(const Head& h, const Real* S, int64_t slot) {
+  store_state(h, S, slot, padded(h.V));
 }
 
 // f(row, slot) for the checkpoints at rows (from, to], in ascending order.

@@ -1,5 +1,4 @@
-// The definition of Kimi Delta Attention: the recurrence, token by token and head by head. Never optimised;
-// kda_decode on the CPU runs through it too, in f32.
+// The definition of Kimi Delta Attention: the recurrence, token by token and head by head. Never optimised.
 #include "ops/kda/kda_head.h"
 
 namespace kl {

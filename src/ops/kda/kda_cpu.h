@@ -1,0 +1,67 @@
+// The CPU back-end of KDA: what its doors call, and the kernels behind them, which know raw pointers only.
+// The doors have checked the arguments.
+#pragma once
+
+#include "ops/kda/kda.h"
+#include "simd/isa.h"
+
+namespace kl {
+
+void kda_prefill_cpu(Ctx&, const KdaArgs&);  // kda_heads.cc
+void kda_decode_cpu(Ctx&, const KdaArgs&);
+
+// One head of a tensor [T, heads, n].
+struct KdaHeadRows {
+  char* data;      // row 0
+  DType dtype;     // f32|bf16|f64
+  int64_t stride;  // bytes from token to token
+};
+
+// One value head of one sequence.
+struct KdaCpuHead {
+  KdaHeadRows q, k, v, g, beta, out;
+  int64_t K, V;
+  float scale;
+  bool l2norm;
+  float l2_eps;
+  KdaGateKind gate;
+  float rate;         // exp(A_log)
+  const float* bias;  // [K]
+  float lower_bound;
+};
+
+// Widths of rows in scratch: whole registers of every instruction set, filled up with zeros.
+constexpr int64_t kda_padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+// kda_cpu.cc: tokens [begin, end) in chunks of kKdaChunk, beginning at `begin`; beta is read as a logit.
+// `state` [kda_padded(K), kda_state_stride(V)] is read and updated; its padding is zero.
+struct KdaChunks {
+  const KdaCpuHead& head;
+  int64_t begin, end;
+  float* state;
+  float* memory;  // kda_chunks_memory() floats, 64-byte aligned
+};
+constexpr int64_t kKdaChunk = 16;
+// Rows are an odd number of cache lines apart, so that a block of columns has the whole first-level cache.
+constexpr int64_t kda_state_stride(int64_t V) {
+  const int64_t lines = kda_padded(V) / 16;
+  return 16 * (lines + (lines + 1) % 2);
+}
+constexpr int64_t kda_chunks_memory(int64_t K) { return (7 * kKdaChunk + 2) * kda_padded(K); }
+
+// kda_decode_cpu.cc: one step of the recurrence for token t. Any strides, no padding.
+struct KdaDecode {
+  const KdaCpuHead& head;
+  int64_t t;
+  float beta;
+  const float* from;  // [K, V] the state before the token
+  int64_t from_stride;
+  float* to;  // [K, V] the state after it; may be `from`
+  int64_t to_stride;
+  float* memory;  // kda_decode_memory() floats, 64-byte aligned
+};
+constexpr int64_t kda_decode_memory(int64_t K, int64_t V) { return 7 * kda_padded(K) + 2 * kda_padded(V); }
+
+KL_DECLARE_PER_ISA(void kda_chunks(const KdaChunks&); void kda_decode_head(const KdaDecode&);)
+
+}  // namespace kl

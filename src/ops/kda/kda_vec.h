@@ -1,0 +1,127 @@
+// Vector arithmetic of KDA's CPU kernels: gates, norms and rows of any element type. Like simd/vec.h, which
+// it adds to, only for x_cpu.cc files.
+#pragma once
+
+#include "ops/kda/kda_cpu.h"
+#include "simd/vec.h"
+
+namespace kl::KL_ISA {
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- functions ----
+
+inline Vec sigmoid(Vec x) { return 1.f / (1.f + exp(-x)); }
+
+// log(1 + y) for y in [0, 1], as 2 artanh(s), s = y / (2 + y) <= 1/3; what follows is below 2e-9 of it.
+inline Vec log1p_unit(Vec y) {
+  const Vec s = y / (2.f + y), s2 = s * s;
+  Vec p = s2 * (2.f / 15) + 2.f / 13;
+  p = p * s2 + 2.f / 11;
+  p = p * s2 + 2.f / 9;
+  p = p * s2 + 2.f / 7;
+  p = p * s2 + 2.f / 5;
+  p = p * s2 + 2.f / 3;
+  return s * s2 * p + 2.f * s;
+}
+
+// log(1 + e^x) without a cut-off: relative accuracy holds for the weakest gates too.
+inline Vec softplus(Vec x) {
+  const Vec magnitude = (Vec)((BitVec)x & 0x7fffffffu);
+  return max(x, Vec{}) + log1p_unit(exp(-magnitude));
+}
+
+// A factor e^x, x <= 0, of a state S, as keep · S + change · S. A weak decay adds expm1(x) · S: e^-1e-4,
+// rounded to f32, is wrong by the same 2e-8 at every step, and a thousand steps later the state by 2e-5.
+struct Decay {
+  Vec keep, change;
+};
+inline Decay decay_of(Vec x) {
+  Vec p = x * (1.f / 362880) + 1.f / 40320;  // (e^x - 1) / x by Taylor; the next term is below 6e-10 at 0.5
+  p = p * x + 1.f / 5040;
+  p = p * x + 1.f / 720;
+  p = p * x + 1.f / 120;
+  p = p * x + 1.f / 24;
+  p = p * x + 1.f / 6;
+  p = p * x + 0.5f;
+  p = p * x + 1.f;
+  const auto strong = x < -0.5f;
+  return {strong ? Vec{} : broadcast(1.f), strong ? exp(x) : p * x};
+}
+
+// ---- rows ----
+
+// Columns [first, first + n) of row t -> n values and zeros up to kda_padded(n).
+inline void load_columns(const KdaHeadRows& rows, int64_t t, int64_t first, int64_t n, float* to) {
+  const char* const row = rows.data + t * rows.stride;
+  const auto load_all = [&](const auto* from) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store(to + i, load_part(from + i, n - i)), i += kLanes;
+    for (; i < kda_padded(n); i += kLanes) store(to + i, Vec{});
+  };
+  if (rows.dtype == DType::f32) return load_all(reinterpret_cast<const float*>(row) + first);
+  if (rows.dtype == DType::bf16) return load_all(reinterpret_cast<const bf16*>(row) + first);
+  const double* const from = reinterpret_cast<const double*>(row) + first;
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
+  for (int64_t i = n; i < kda_padded(n); ++i) to[i] = 0;
+}
+
+// To the nearest, ties to even; a NaN stays one.
+inline HalfVec narrow_bf16(Vec v) {
+  const BitVec u = (BitVec)v;
+  const BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const BitVec is_nan = (BitVec)(v != v);
+  return __builtin_convertvector((is_nan & (u >> 16 | 0x40u)) | (~is_nan & rounded), HalfVec);
+}
+
+// n values -> columns [first, first + n) of row t.
+inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t, int64_t first, int64_t n) {
+  char* const row = rows.data + t * rows.stride;
+  if (rows.dtype == DType::f32) {
+    __builtin_memcpy(reinterpret_cast<float*>(row) + first, from, static_cast<size_t>(4 * n));
+  } else if (rows.dtype == DType::bf16) {
+    char* const to = row + 2 * first;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const HalfVec half = narrow_bf16(load_part(from + i, min(n - i, kLanes)));
+      __builtin_memcpy(to + 2 * i, &half, static_cast<size_t>(2 * min(n - i, kLanes)));
+    }
+  } else {
+    double* const to = reinterpret_cast<double*>(row) + first;
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<double>(from[i]);
+  }
+}
+
+// x <- factor · x / |x|, or factor · x without l2norm. The length is taken in double: its error would scale
+// the whole row, and k enters every later state twice.
+inline void normalise(const KdaCpuHead& h, float factor, float* x) {
+  double scale = static_cast<double>(factor);
+  if (h.l2norm) {
+    typedef double Wide __attribute__((vector_size(8 * kLanes)));
+    Wide squares{};
+    for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) {
+      const Wide wide = __builtin_convertvector(load(x + i), Wide);
+      squares += wide * wide;
+    }
+    double total = static_cast<double>(h.l2_eps);
+    for (int lane = 0; lane < kLanes; ++lane) total += squares[lane];
+    scale /= __builtin_sqrt(total);
+  }
+  const float high = static_cast<float>(scale), low = static_cast<float>(scale - static_cast<double>(high));
+  for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) {
+    const Vec v = load(x + i);
+    store(x + i, v * high + v * low);
+  }
+}
+
+// Raw values -> log-decays from 0 to -inf.
+inline void apply_gate(const KdaCpuHead& h, float* z) {
+  if (h.gate == KdaGateKind::log_decay) return;
+  for (int64_t i = 0; i < h.K; i += kLanes) {
+    const Vec x = load(z + i) + load_part(h.bias + i, min(h.K - i, kLanes));
+    store(z + i,
+          h.gate == KdaGateKind::softplus ? -h.rate * softplus(x) : h.lower_bound * sigmoid(h.rate * x));
+  }
+}
+
+}  // namespace kl::KL_ISA
