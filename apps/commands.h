@@ -108,6 +108,31 @@ struct BenchOpsOptions {
 };
 int bench_ops(const BenchOpsOptions&);
 
+struct PerplexityOptions {
+  ModelOptions model;
+  std::string file, format = "md";
+  bool ids = false;    // the file holds token ids
+  int64_t stride = 0;  // 0: half the context
+};
+int eval_ppl(const PerplexityOptions&);
+
+struct NeedleOptions {
+  ModelOptions model;
+  std::vector<int64_t> lengths;  // empty: 256, 512, ... up to 4096
+  std::vector<int> depths = {0, 25, 50, 75, 100};
+  int trials = 4, answer_tokens = 24;
+  uint64_t seed = 1;
+  bool raw = false, verbose = false;
+  std::string haystack, format = "md";
+};
+int eval_needle(const NeedleOptions&);
+
+struct ClaimsOptions {
+  int threads = 0;
+  std::string isa, format = "md";
+};
+int eval_claims(const ClaimsOptions&);
+
 struct SynthOptions {
   std::string output, like, tokenizer_from;
   std::string dtype = "bf16";

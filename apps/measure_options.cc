@@ -61,6 +61,48 @@ void add_bench(CLI::App& app, Chosen& chosen) {
   format_flag(ops, p.format);
 }
 
+void add_eval(CLI::App& app, Chosen& chosen) {
+  CLI::App* eval = app.add_subcommand("eval", "how good a model is, and what the paper claims");
+  eval->require_subcommand(1);
+  CLI::App* command = nullptr;
+  PerplexityOptions& p = add_command(*eval, chosen, "ppl", "perplexity of a text file", eval_ppl, command);
+  model_flags(command, p.model);
+  command->add_option("-c,--ctx-size", p.model.context, "tokens of a window (default 2048)")
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 30));
+  command->add_option("file,-f,--file", p.file, "the text")->required();
+  command->add_flag("--ids", p.ids, "the file holds token ids");
+  command->add_option("--stride", p.stride, "tokens from window to window (default: half the context)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 30));
+  format_flag(command, p.format);
+
+  NeedleOptions& n =
+      add_command(*eval, chosen, "needle", "pass keys hidden in long texts", eval_needle, command);
+  model_flags(command, n.model);
+  command->add_option("-l,--lengths", n.lengths, "tokens of the prompts (default 256,512,... up to 4096)")
+      ->delimiter(',')
+      ->check(CLI::Range(int64_t{16}, int64_t{1} << 30));
+  command->add_option("--depths", n.depths, "where the key stands, in per cent (default 0,25,50,75,100)")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 100));
+  command->add_option("-r,--trials", n.trials, "keys for each place and length (default 4)")
+      ->check(CLI::Range(1, 100000));
+  command->add_option("-n,--answer-tokens", n.answer_tokens, "length of an answer (default 24)")
+      ->check(CLI::Range(1, 100000));
+  command->add_option("--haystack", n.haystack, "a text file to hide keys in (default: made-up sentences)");
+  command->add_flag("--raw", n.raw, "no chat template: the text ends in \"The pass key is\"");
+  command->add_flag("-v,--verbose", n.verbose, "every key and answer on standard error");
+  command->add_option("-s,--seed", n.seed, "of keys and texts (default 1)");
+  format_flag(command, n.format);
+
+  ClaimsOptions& c =
+      add_command(*eval, chosen, "claims", "the paper's claims, measured; exit code 1 if one is missed",
+                  eval_claims, command);
+  command->add_option("-t,--threads", c.threads, "threads (default: all processors)")
+      ->check(CLI::Range(1, 4096));
+  command->add_option("--isa", c.isa, "instruction set (default: the best of this machine)");
+  format_flag(command, c.format);
+}
+
 // The fields of config.json as flags.
 struct IntField {
   const char *flags, *help;
@@ -154,6 +196,7 @@ void add_measure_commands(CLI::App& app, Chosen& chosen) {
   add_synth(app, chosen);
   add_verify(app, chosen);
   add_bench(app, chosen);
+  add_eval(app, chosen);
 }
 
 }  // namespace kl::app

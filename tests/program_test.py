@@ -4,8 +4,10 @@
 usage: program_test.py PROGRAM [--gtest_brief=1] [--gtest_output=json:FILE]   (the report is in GoogleTest's form)
 """
 import json
+import math
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -313,6 +315,84 @@ class Bench(unittest.TestCase):
             self.assertEqual(run("bench", "-m", DEMO, *flags).returncode, code, flags)
         self.assertEqual(run("bench", "-p", "5").returncode, 2)
         self.assertEqual(run("bench", "ops").returncode, 2)
+
+
+class Eval(unittest.TestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+
+    def nll_of(self, ids):
+        """-log p of every token but the first, from the logits command."""
+        path = os.path.join(self.folder, "logits.safetensors")
+        run("logits", "-m", DEMO, "--ids", " ".join(map(str, ids)), "-o", path)
+        rows = read_safetensors(path)["logits"][1]
+        nll = []
+        for t, token in enumerate(ids[1:]):
+            row = rows[t * 8192:(t + 1) * 8192]
+            largest = max(row)
+            nll.append(largest + math.log(sum(math.exp(x - largest) for x in row)) - row[token])
+        return nll
+
+    def test_perplexity_is_that_of_the_logits(self):
+        ids = golden()["prose_65"]["ids"][:41]
+        path = os.path.join(self.folder, "ids.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(" ".join(map(str, ids)))
+        first, second, third = self.nll_of(ids[:20]), self.nll_of(ids[8:28]), self.nll_of(ids[16:36])
+        last = self.nll_of(ids[24:])
+        windows = first + second[11:] + third[11:] + last[11:]
+        for flags, expected in ((["-c", "64"], self.nll_of(ids)), (["-c", "20", "--stride", "8"], windows), (["-c", "20", "--stride", "8", "-b", "3"], windows)):
+            result = run("eval", "ppl", "-m", DEMO, path, "--ids", "-o", "json", *flags)
+            self.assertEqual((result.returncode, result.stderr), (0, ""))
+            row = json.loads(result.stdout)[0]
+            self.assertEqual(row["tokens"], 40)
+            mean = sum(expected) / 40
+            self.assertAlmostEqual(row["nll"], mean, places=4)
+            self.assertAlmostEqual(row["perplexity"], math.exp(mean), delta=1e-3 * math.exp(mean))
+            error = (sum((x - mean) ** 2 for x in expected) / 39 / 40) ** 0.5
+            self.assertAlmostEqual(row["standard error"], math.exp(mean) * error, delta=1e-3 * math.exp(mean) * error)
+
+    def test_perplexity_of_a_text(self):
+        path = os.path.join(self.folder, "text.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(golden()["prose"]["prompt_text"])
+        row = json.loads(run("eval", "ppl", "-m", DEMO, "-f", path, "-o", "json").stdout)[0]
+        bits = row["nll"] * row["tokens"] / math.log(2)
+        self.assertLess(row["bits per byte"], 8)
+        self.assertGreater(bits / row["bits per byte"], 0.9 * os.path.getsize(path) - 12)
+        for flags, code in ((["-c", "20", "--stride", "20"], 1), (["--ids"], 1), (["-c", "1"], 2)):
+            self.assertEqual(run("eval", "ppl", "-m", DEMO, path, *flags).returncode, code)
+        self.assertEqual(run("eval", "ppl", "-m", DEMO, "/no/such/file").returncode, 1)
+
+    def test_needles_stand_where_they_should(self):
+        result = run("eval", "needle", "-m", DEMO, "-l", "100,200", "--depths", "0,100", "-r", "2", "-n", "8", "-v", "-o", "json")
+        self.assertEqual(result.returncode, 0, result.stderr)
+        rows = json.loads(result.stdout)
+        self.assertEqual([row["context"] for row in rows], [100, 200])
+        trials = re.findall(r"^(\d+) tokens, key (\d{5}) at (0|100) %: \"(.*)\"$", result.stderr, re.M)
+        self.assertEqual(len(trials), 8)
+        self.assertEqual(len({key for _, key, _, _ in trials}), 8)
+        for i, (tokens, key, _, answer) in enumerate(trials):
+            length = 100 if i < 4 else 200
+            self.assertLessEqual(int(tokens), length)
+            self.assertGreater(int(tokens), length - 40)  # no sentence more would fit
+        self.assertEqual(sum(row["found"] for row in rows), sum(key in answer for _, key, _, answer in trials))
+        again = run("eval", "needle", "-m", DEMO, "-l", "100,200", "--depths", "0,100", "-r", "2", "-n", "8", "-v", "-o", "json")
+        self.assertEqual((again.stdout, again.stderr), (result.stdout, result.stderr))
+        self.assertEqual(run("eval", "needle", "-m", DEMO, "-l", "20").returncode, 1)  # not even the question
+
+    def test_claims_of_the_paper(self):
+        result = run("eval", "claims", "-o", "json")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        rows = json.loads(result.stdout)
+        self.assertEqual({row["id"] for row in rows}, {"R1", "R2", "R3", "R9", "R18"})
+        self.assertEqual({row["verdict"] for row in rows}, {"ok"})
+
+    def test_usage(self):
+        for arguments in (["eval"], ["eval", "ppl", "x"], ["eval", "needle"], ["eval", "nonsense"], ["eval", "claims", "-t", "0"]):
+            self.assertEqual(run(*arguments).returncode, 2, arguments)
 
 
 class Errors(unittest.TestCase):
