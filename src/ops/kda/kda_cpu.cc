@@ -34,6 +34,13 @@ void for_each_column(int64_t width, const F& f) {
   for (; column < width; column += kLanes) f.template operator()<1>(column);
 }
 
+// f(row, register) for all of a tile, unrolled: an index that is known keeps an array in registers.
+template <int cols, class F>
+inline __attribute__((always_inline)) void for_each_in_tile(const F& f) {
+#pragma GCC unroll 16
+  for (int x = 0; x < kRows * cols; ++x) f(x / cols, x % cols);
+}
+
 // sums_ij = sum_{l < depth} a[i * row_step + l * step] · b_lj: kRows rows of A times `cols` registers of B.
 template <int cols>
 inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t row_step, int64_t step,
@@ -42,18 +49,23 @@ inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t
   for (int64_t l = 0; l < depth; ++l) {
     Vec bs[cols];
     for (int j = 0; j < cols; ++j) bs[j] = load(b + l * b_stride + j * kLanes);
-    for (int i = 0; i < kRows; ++i)
-      for (int j = 0; j < cols; ++j) sums[i][j] += a[i * row_step + l * step] * bs[j];
+    for_each_in_tile<cols>([&](int i, int j) __attribute__((always_inline)) {
+      sums[i][j] += a[i * row_step + l * step] * bs[j];
+    });
   }
 }
 
 class Chunk {
  public:
   explicit Chunk(const KdaChunks& c)
-      : h_(c.head), K_(kda_padded(c.head.K)), S_(c.state), S_stride_(kda_state_stride(c.head.V)) {
+      : h_(c.head),
+        K_(kda_padded(c.head.K)),
+        V_(kda_padded(c.head.V)),
+        S_(c.state),
+        S_stride_(kda_state_stride(c.head.V)) {
     float* memory = c.memory;
     for (float** rows : {&q_, &k_, &in_, &out_, &q_in_, &k_in_, &k_out_}) *rows = memory, memory += C * K_;
-    keep_ = memory, change_ = memory + K_;
+    keep_ = memory, change_ = keep_ + K_, u_ = change_ + K_;
   }
 
   void run(int64_t begin, int64_t n) {
@@ -75,12 +87,12 @@ class Chunk {
   void dot_block(int64_t first, int64_t middle, int64_t last);
   void decay_to_ends();
   void columns(int64_t first, int64_t width);
-  void read_state(const float* S, int64_t width);
-  void solve(int64_t width);
-  void advance(float* S, int64_t width);
+  void read_state(const float* S, float* u, int64_t width);
+  void solve(float* u, int64_t width);
+  void advance(float* S, const float* u, int64_t width);
 
   const KdaCpuHead& h_;
-  const int64_t K_;  // padded
+  const int64_t K_, V_;  // padded
   float* const S_;
   const int64_t S_stride_;
   int64_t begin_ = 0, n_ = 0;  // rows [begin_, begin_ + n_)
@@ -90,25 +102,29 @@ class Chunk {
   float* out_;             // [C, K] log-decay after the row to the end of its block
   float *q_in_, *k_in_;    // [C, K] decayed by `in`
   float* k_out_;           // [C, K] decayed by `out`
+  float* u_;               // [C, V] v, then the pseudo values
   float *keep_, *change_;  // [K] decay of the state over the chunk
   float Akk_[C][C];        // below the diagonal
   float Aqk_[C][C];        // on it too
   float beta_[C];
-  alignas(64) float u_[C][kColumns];  // pseudo values
   alignas(64) float o_[C][kColumns];
 };
 
+// The rows of a token lie far from those of the next one. All of them are copied before the arithmetic
+// begins, so that many of these reads are under way at the same time.
 void Chunk::load_rows() {
   for (int64_t i = 0; i < n_; ++i) {
-    float *const q = q_ + i * K_, *const k = k_ + i * K_, *const g = in_ + i * K_;
-    load_columns(h_.q, begin_ + i, 0, h_.K, q);
-    normalise(h_, h_.scale, q);
-    load_columns(h_.k, begin_ + i, 0, h_.K, k);
-    normalise(h_, 1, k);
-    load_columns(h_.g, begin_ + i, 0, h_.K, g);
-    apply_gate(h_, g);
-    for (int64_t d = 0; d < K_; d += kLanes) store(out_ + i * K_ + d, Vec{});
+    load_columns(h_.q, begin_ + i, 0, h_.K, q_ + i * K_);
+    load_columns(h_.k, begin_ + i, 0, h_.K, k_ + i * K_);
+    load_columns(h_.g, begin_ + i, 0, h_.K, in_ + i * K_);
+    load_columns(h_.v, begin_ + i, 0, h_.V, u_ + i * V_);
   }
+  for (int64_t i = 0; i < n_; ++i) {
+    normalise(h_, h_.scale, q_ + i * K_);
+    normalise(h_, 1, k_ + i * K_);
+    apply_gate(h_, in_ + i * K_);
+  }
+  for (int64_t x = 0; x < n_ * K_; x += kLanes) store(out_ + x, Vec{});
   load_beta();
 }
 
@@ -209,48 +225,48 @@ void Chunk::decay_to_ends() {
 // Everything else, for columns [first, first + width) of V.
 void Chunk::columns(int64_t first, int64_t width) {
   const int64_t padded = kda_padded(width);
-  for (int64_t i = 0; i < n_; ++i) load_columns(h_.v, begin_ + i, first, width, u_[i]);
-  read_state(S_ + first, padded);
-  solve(padded);
+  read_state(S_ + first, u_ + first, padded);
+  solve(u_ + first, padded);
   for (int64_t i = 0; i < n_; ++i) store_columns(o_[i], h_.out, begin_ + i, first, width);
-  advance(S_ + first, padded);
+  advance(S_ + first, u_ + first, padded);
 }
 
 // o_i = Sᵀ q_in_i,   u_i = v_i - Sᵀ k_in_i
-void Chunk::read_state(const float* S, int64_t width) {
-  for_each_column(width, [&]<int cols>(int64_t column) {
+void Chunk::read_state(const float* S, float* u, int64_t width) {
+  const int64_t K = h_.K, row_step = K_, S_stride = S_stride_;
+  for_each_column(width, [=, this]<int cols>(int64_t column) {
     for (int64_t i = 0; i < n_; i += kRows) {
       Vec q[kRows][cols] = {};
-      multiply_tile(q_in_ + i * K_, K_, 1, S + column, S_stride_, h_.K, q);
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < cols; ++c) store(o_[i + r] + column + c * kLanes, q[r][c]);
+      multiply_tile(q_in_ + i * row_step, row_step, 1, S + column, S_stride, K, q);
+      for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
+        store(o_[i + r] + column + c * kLanes, q[r][c]);
+      });
       Vec k[kRows][cols] = {};
-      multiply_tile(k_in_ + i * K_, K_, 1, S + column, S_stride_, h_.K, k);
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < cols; ++c) {
-          float* const u = u_[i + r] + column + c * kLanes;
-          store(u, load(u) - k[r][c]);
-        }
+      multiply_tile(k_in_ + i * row_step, row_step, 1, S + column, S_stride, K, k);
+      for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
+        float* const v = u + (i + r) * V_ + column + c * kLanes;
+        store(v, load(v) - k[r][c]);
+      });
     }
   });
 }
 
 // u_i <- beta_i (u_i - sum_{j<i} Akk_ij u_j),   o_i += sum_{j<=i} Aqk_ij u_j. Row by row, so that a NaN of a
 // later token stays its own.
-void Chunk::solve(int64_t width) {
+void Chunk::solve(float* u, int64_t width) {
   for_each_column(width, [&]<int cols>(int64_t column) {
     for (int64_t i = 0; i < n_; ++i) {
       Vec written[cols] = {}, read[cols] = {};
       for (int64_t j = 0; j < i; ++j)
         for (int c = 0; c < cols; ++c) {
-          const Vec u_j = load(u_[j] + column + c * kLanes);
+          const Vec u_j = load(u + j * V_ + column + c * kLanes);
           written[c] += Akk_[i][j] * u_j;
           read[c] += Aqk_[i][j] * u_j;
         }
       for (int c = 0; c < cols; ++c) {
-        float *const u = u_[i] + column + c * kLanes, *const o = o_[i] + column + c * kLanes;
-        const Vec u_i = beta_[i] * (load(u) - written[c]);
-        store(u, u_i);
+        float *const row = u + i * V_ + column + c * kLanes, *const o = o_[i] + column + c * kLanes;
+        const Vec u_i = beta_[i] * (load(row) - written[c]);
+        store(row, u_i);
         store(o, load(o) + (read[c] + Aqk_[i][i] * u_i));
       }
     }
@@ -258,17 +274,18 @@ void Chunk::solve(int64_t width) {
 }
 
 // S <- Diag(decay) S + sum_j k_out_j u_jᵀ
-void Chunk::advance(float* S, int64_t width) {
+void Chunk::advance(float* S, const float* u, int64_t width) {
+  const float *const keep = keep_, *const change = change_, *const k = k_out_;
+  const int64_t S_stride = S_stride_, n = n_, step = K_, u_stride = V_;
   for (int64_t d = 0; d < h_.K; d += kRows)
-    for_each_column(width, [&]<int cols>(int64_t column) {
+    for_each_column(width, [=, this]<int cols>(int64_t column) {
       Vec sums[kRows][cols] = {};
-      multiply_tile(k_out_ + d, 1, K_, u_[0] + column, kColumns, n_, sums);
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < cols; ++c) {
-          float* const to = S + (d + r) * S_stride_ + column + c * kLanes;
-          const Vec s = load(to);
-          store(to, keep_[d + r] * s + (change_[d + r] * s + sums[r][c]));
-        }
+      multiply_tile(k + d, 1, step, u + column, u_stride, n, sums);
+      for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
+        float* const to = S + (d + r) * S_stride + column + c * kLanes;
+        const Vec s = load(to);
+        store(to, keep[d + r] * s + (change[d + r] * s + sums[r][c]));
+      });
     });
 }
 

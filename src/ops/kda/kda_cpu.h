@@ -47,7 +47,9 @@ constexpr int64_t kda_state_stride(int64_t V) {
   const int64_t lines = kda_padded(V) / 16;
   return 16 * (lines + (lines + 1) % 2);
 }
-constexpr int64_t kda_chunks_memory(int64_t K) { return (7 * kKdaChunk + 2) * kda_padded(K); }
+constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
+  return (7 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
+}
 
 // kda_decode_cpu.cc: one step of the recurrence for token t. Any strides, no padding.
 struct KdaDecode {

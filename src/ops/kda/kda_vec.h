@@ -75,7 +75,7 @@ inline HalfVec narrow_bf16(Vec v) {
   return __builtin_convertvector((is_nan & (u >> 16 | 0x40u)) | (~is_nan & rounded), HalfVec);
 }
 
-// n values -> columns [first, first + n) of row t.
+// n values, filled up as by load_columns(), -> columns [first, first + n) of row t.
 inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t, int64_t first, int64_t n) {
   char* const row = rows.data + t * rows.stride;
   if (rows.dtype == DType::f32) {
@@ -83,8 +83,8 @@ inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t,
   } else if (rows.dtype == DType::bf16) {
     char* const to = row + 2 * first;
     for (int64_t i = 0; i < n; i += kLanes) {
-      const HalfVec half = narrow_bf16(load_part(from + i, min(n - i, kLanes)));
-      __builtin_memcpy(to + 2 * i, &half, static_cast<size_t>(2 * min(n - i, kLanes)));
+      const HalfVec half = narrow_bf16(load(from + i));
+      __builtin_memcpy(to + 2 * i, &half, n - i >= kLanes ? sizeof half : static_cast<size_t>(2 * (n - i)));
     }
   } else {
     double* const to = reinterpret_cast<double*>(row) + first;
@@ -97,14 +97,18 @@ inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t,
 inline void normalise(const KdaCpuHead& h, float factor, float* x) {
   double scale = static_cast<double>(factor);
   if (h.l2norm) {
-    typedef double Wide __attribute__((vector_size(8 * kLanes)));
-    Wide squares{};
-    for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) {
-      const Wide wide = __builtin_convertvector(load(x + i), Wide);
-      squares += wide * wide;
-    }
+    constexpr int kHalf = kLanes / 2;  // as many doubles fill a register
+    typedef float HalfRegister __attribute__((vector_size(4 * kHalf)));
+    typedef double Wide __attribute__((vector_size(8 * kHalf)));
+    Wide squares[2] = {};
+    for (int64_t i = 0; i < kda_padded(h.K); i += kLanes)
+      for (int half = 0; half < 2; ++half) {
+        const Wide wide = __builtin_convertvector(load_bits<HalfRegister>(x + i + half * kHalf), Wide);
+        squares[half] += wide * wide;
+      }
+    const Wide both = squares[0] + squares[1];
     double total = static_cast<double>(h.l2_eps);
-    for (int lane = 0; lane < kLanes; ++lane) total += squares[lane];
+    for (int lane = 0; lane < kHalf; ++lane) total += both[lane];
     scale /= __builtin_sqrt(total);
   }
   const float high = static_cast<float>(scale), low = static_cast<float>(scale - static_cast<double>(high));
@@ -118,7 +122,8 @@ inline void normalise(const KdaCpuHead& h, float factor, float* x) {
 inline void apply_gate(const KdaCpuHead& h, float* z) {
   if (h.gate == KdaGateKind::log_decay) return;
   for (int64_t i = 0; i < h.K; i += kLanes) {
-    const Vec x = load(z + i) + load_part(h.bias + i, min(h.K - i, kLanes));
+    const int64_t rest = h.K - i;
+    const Vec x = load(z + i) + (rest >= kLanes ? load(h.bias + i) : load_part(h.bias + i, rest));
     store(z + i,
           h.gate == KdaGateKind::softplus ? -h.rate * softplus(x) : h.lower_bound * sigmoid(h.rate * x));
   }
