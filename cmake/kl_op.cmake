@@ -14,9 +14,11 @@
 set(KL_ISAS generic)
 set(KL_ISA_FLAGS_generic "")
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
-  list(APPEND KL_ISAS avx2 avx512)
+  list(APPEND KL_ISAS avx2 avx512 avx512_bf16)
   set(KL_ISA_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(KL_ISA_FLAGS_avx512 -march=x86-64-v4 -mprefer-vector-width=512)
+  # What Cooper Lake, Sapphire Rapids and Zen 4 have in common; older compilers know no -march for all of them.
+  set(KL_ISA_FLAGS_avx512_bf16 ${KL_ISA_FLAGS_avx512} -mavx512bf16 -mavx512vnni)
 endif()
 
 define_property(GLOBAL PROPERTY KL_TEST_OBJECTS BRIEF_DOCS "object libraries of tests" FULL_DOCS "of every folder")

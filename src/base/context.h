@@ -1,6 +1,8 @@
 // Ctx: where and with what an operator runs. Passed first to every operator.
 #pragma once
 
+#include <cstdint>
+
 #include "base/buffer.h"
 #include "base/parallel.h"
 #include "base/tensor.h"
@@ -8,12 +10,18 @@
 
 namespace kl {
 
+// How exactly products with weights are computed. `exact`: activations as they are. `bf16`: activations may
+// be rounded to bf16 where the weights are bf16 too and the processor is faster so; each operator says what
+// that costs.
+enum class Precision : uint8_t { exact, bf16 };
+
 struct Ctx {
   Device device = Device::cpu;
   ThreadPool* pool = nullptr;  // null: the calling thread alone
   Arena* scratch = nullptr;  // memory an operator may use until it returns; null where an operator needs none
   void* stream = nullptr;    // cudaStream_t
   Trace* trace = nullptr;    // null: nothing is recorded
+  Precision precision = Precision::exact;
 };
 
 }  // namespace kl

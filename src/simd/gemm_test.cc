@@ -136,8 +136,7 @@ TEST(Gemm, TasksAreWorthAThread) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, GemmTest,
-                         ::testing::Combine(::testing::Values(Isa::generic, Isa::avx2, Isa::avx512),
-                                            ::testing::Bool(),
+                         ::testing::Combine(::testing::ValuesIn(kIsas), ::testing::Bool(),
                                             ::testing::Values(DType::f32, DType::bf16, DType::f16)),
                          [](const auto& info) {
                            return std::string(name_of(std::get<0>(info.param))) +

@@ -15,14 +15,21 @@ bool isa_supported(Isa isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : true;
+  switch (isa) {
+    case Isa::generic: return true;
+    case Isa::avx2: return avx2;
+    case Isa::avx512: return avx512;
+    case Isa::avx512_bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  }
+  return false;
 #else
   return isa == Isa::generic;
 #endif
 }
 
 Isa best_isa() {
-  for (const Isa isa : {Isa::avx512, Isa::avx2})
+  for (const Isa isa : {Isa::avx512_bf16, Isa::avx512, Isa::avx2})
     if (isa_supported(isa)) return isa;
   return Isa::generic;
 }

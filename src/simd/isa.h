@@ -1,6 +1,6 @@
 // Which instruction set the CPU kernels use. An x_cpu.cc file is compiled once per instruction set, each time
-// in a namespace of that name (kl::generic, kl::avx2, kl::avx512); x.cc declares the functions for all of
-// them and calls the active one:
+// in a namespace of that name (kl::generic, kl::avx2, kl::avx512, kl::avx512_bf16); x.cc declares the
+// functions for all of them and calls the active one:
 //
 //   KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&);)
 //   KL_ACTIVE_ISA(gemm_nt)({...});
@@ -13,10 +13,17 @@
 
 namespace kl {
 
-enum class Isa : uint8_t { generic, avx2, avx512 };  // each includes the ones before it
+enum class Isa : uint8_t { generic, avx2, avx512, avx512_bf16 };  // each includes the ones before it
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 
 constexpr std::string_view name_of(Isa isa) {
-  return isa == Isa::generic ? "generic" : isa == Isa::avx2 ? "avx2" : "avx512";
+  switch (isa) {
+    case Isa::generic: return "generic";
+    case Isa::avx2: return "avx2";
+    case Isa::avx512: return "avx512";
+    case Isa::avx512_bf16: return "avx512_bf16";
+  }
+  return "?";
 }
 
 bool isa_supported(Isa);  // by this build, the processor and the operating system
@@ -36,11 +43,15 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
   }                             \
   namespace avx512 {            \
   __VA_ARGS__                   \
+  }                             \
+  namespace avx512_bf16 {       \
+  __VA_ARGS__                   \
   }
-#define KL_ACTIVE_ISA(function)                                \
-  (::kl::active_isa() == ::kl::Isa::avx512 ? &avx512::function \
-   : ::kl::active_isa() == ::kl::Isa::avx2 ? &avx2::function   \
-                                           : &generic::function)
+#define KL_ACTIVE_ISA(function)                                          \
+  (::kl::active_isa() == ::kl::Isa::avx512_bf16 ? &avx512_bf16::function \
+   : ::kl::active_isa() == ::kl::Isa::avx512    ? &avx512::function      \
+   : ::kl::active_isa() == ::kl::Isa::avx2      ? &avx2::function        \
+                                                : &generic::function)
 #else
 #define KL_DECLARE_PER_ISA(...) \
   namespace generic {           \

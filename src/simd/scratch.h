@@ -15,6 +15,7 @@ class Scratch {
   explicit Scratch(const Ctx& ctx) : arena_(ctx.scratch ? *ctx.scratch : own_), scope_(arena_) {}
 
   float* f32(int64_t n) { return arena_.alloc(DType::f32, {n}).ptr<float>(); }
+  bf16* b16(int64_t n) { return arena_.alloc(DType::bf16, {n}).ptr<bf16>(); }
   int32_t* i32(int64_t n) { return arena_.alloc(DType::i32, {n}).ptr<int32_t>(); }
 
  private:

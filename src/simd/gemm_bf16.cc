@@ -1,0 +1,44 @@
+#include "simd/gemm_bf16.h"
+
+#include <algorithm>
+
+#include "base/check.h"
+#include "simd/isa.h"
+
+namespace kl {
+
+#if defined(__x86_64__)
+namespace avx512_bf16 {  // gemm_bf16_cpu.cc; the other instruction sets have no product of bf16
+void pack_bf16(const float* x, int64_t ldx, int64_t m, int64_t k, bf16* packed);
+void gemm_nt_bf16(const GemmBf16&);
+}  // namespace avx512_bf16
+
+bool has_gemm_bf16() { return active_isa() == Isa::avx512_bf16; }
+
+void pack_bf16(const float* x, int64_t ldx, int64_t m, int64_t k, bf16* packed) {
+  KL_CHECK(has_gemm_bf16(), "pack_bf16: expected avx512_bf16, found ", name_of(active_isa()));
+  avx512_bf16::pack_bf16(x, ldx, m, k, packed);
+}
+
+void gemm_nt_bf16(const GemmBf16& g) {
+  KL_CHECK(has_gemm_bf16(), "gemm_nt_bf16: expected avx512_bf16, found ", name_of(active_isa()));
+  avx512_bf16::gemm_nt_bf16(g);
+}
+#else
+bool has_gemm_bf16() { return false; }
+void pack_bf16(const float*, int64_t, int64_t, int64_t, bf16*) {
+  KL_CHECK(false, "pack_bf16: this processor has no product of bf16");
+}
+void gemm_nt_bf16(const GemmBf16&) { KL_CHECK(false, "gemm_nt_bf16: this processor has no product of bf16"); }
+#endif
+
+int64_t gemm_bf16_task_columns(int64_t m, int64_t k) {
+  constexpr int64_t kWholeTiles = 48;  // of six rows of B, and whole lines of a row of C
+  // Many rows: B's part stays in the cache that all cores share, while a panel of A is used often enough to
+  // be worth loading. Few rows: some 10 us of reading.
+  const int64_t bytes = m > kBf16Rows * 4 ? 3 << 19 : 3 << 17;
+  const int64_t wanted = bytes / std::max<int64_t>(1, 2 * k);
+  return std::max(kWholeTiles, wanted / kWholeTiles * kWholeTiles);
+}
+
+}  // namespace kl
