@@ -5,6 +5,8 @@
 #include <algorithm>
 
 #include "simd/gemm.h"
+#include "simd/gemm_bf16.h"
+#include "simd/scratch.h"
 
 namespace kl {
 namespace {
@@ -28,14 +30,25 @@ void check_args(const LinearArgs& a, Device device) {
 
 constexpr int64_t kTaskRows = 96;  // with 1024 columns, 384 KiB of x: stays in a core's second-level cache
 
-void linear_cpu(ThreadPool* pool, const LinearArgs& a) {
-  const int64_t T = a.x.size(0), in = a.x.size(1), out = a.w.size(0);
-  if (T == 0 || out == 0) return;
-  const int64_t rows = std::min(T, kTaskRows), outputs = gemm_task_columns(rows, in);
+constexpr int64_t kPackedRows = 2048;  // at once: bounds the scratch to 2048 · in elements of bf16
+constexpr int64_t kPackRows = 16;      // some 10 us; a multiple of kBf16Rows
+
+// body(t, rows, o, outputs) for blocks of at most `rows` x `outputs` elements of out. Neighbouring tasks
+// share their rows of w.
+template <class Body>
+void for_each_block(ThreadPool* pool, const LinearArgs& a, int64_t rows, int64_t outputs, Body&& body) {
+  const int64_t T = a.x.size(0), out = a.w.size(0);
   const int64_t down = (T + rows - 1) / rows, across = (out + outputs - 1) / outputs;
-  // Neighbouring tasks share their rows of w.
   parallel_for(pool, down * across, 1, [&](int64_t task, int64_t) {
     const int64_t t = task % down * rows, o = task / down * outputs;
+    body(t, std::min(rows, T - t), o, std::min(outputs, out - o));
+  });
+}
+
+void linear_exact(ThreadPool* pool, const LinearArgs& a) {
+  const int64_t in = a.x.size(1), task_rows = std::min(a.x.size(0), kTaskRows);
+  const int64_t task_outputs = gemm_task_columns(task_rows, in);
+  for_each_block(pool, a, task_rows, task_outputs, [&](int64_t t, int64_t rows, int64_t o, int64_t outputs) {
     const Gemm block = {.a = a.x.at<float>(t),
                         .lda = a.x.stride[0],
                         .b = static_cast<const char*>(a.w.data) + o * in * size_of(a.w.dtype),
@@ -43,12 +56,49 @@ void linear_cpu(ThreadPool* pool, const LinearArgs& a) {
                         .ldb = in,
                         .c = a.out.at<float>(t, o),
                         .ldc = a.out.stride[0],
-                        .m = std::min(rows, T - t),
-                        .n = std::min(outputs, out - o),
+                        .m = rows,
+                        .n = outputs,
                         .k = in,
                         .accumulate = a.accumulate};
     KL_ACTIVE_ISA(gemm_nt)(block);
   });
+}
+
+// At most kPackedRows rows of x.
+void linear_bf16(Ctx& ctx, const LinearArgs& a) {
+  const int64_t T = a.x.size(0), in = a.x.size(1);
+  Scratch scratch(ctx);
+  bf16* const x = scratch.b16(packed_bf16_size(T, in));
+  parallel_for(ctx.pool, T, kPackRows, [&](int64_t begin, int64_t end) {
+    pack_bf16(a.x.at<float>(begin), a.x.stride[0], end - begin, in, x + packed_bf16_size(begin, in));
+  });
+  const int64_t task_rows = std::min(T, kGemmBf16TaskRows);
+  const int64_t task_outputs = gemm_bf16_task_columns(task_rows, in);
+  for_each_block(ctx.pool, a, task_rows, task_outputs,
+                 [&](int64_t t, int64_t rows, int64_t o, int64_t outputs) {
+                   gemm_nt_bf16({.a = x + packed_bf16_size(t, in),
+                                 .b = a.w.at<bf16>(o),
+                                 .ldb = in,
+                                 .c = a.out.at<float>(t, o),
+                                 .ldc = a.out.stride[0],
+                                 .m = rows,
+                                 .n = outputs,
+                                 .k = in,
+                                 .accumulate = a.accumulate});
+                 });
+}
+
+void linear_cpu(Ctx& ctx, const LinearArgs& a) {
+  const int64_t T = a.x.size(0);
+  if (T == 0 || a.w.size(0) == 0) return;
+  if (ctx.precision == Precision::exact || a.w.dtype != DType::bf16 || !has_gemm_bf16())
+    return linear_exact(ctx.pool, a);
+  for (int64_t t = 0; t < T; t += kPackedRows) {
+    LinearArgs part = a;
+    part.x = a.x.slice(0, t, std::min(T, t + kPackedRows));
+    part.out = a.out.slice(0, t, std::min(T, t + kPackedRows));
+    linear_bf16(ctx, part);
+  }
 }
 
 }  // namespace
@@ -58,7 +108,7 @@ void linear(Ctx& ctx, const LinearArgs& a) {
   const TraceScope trace(ctx.trace, "linear", static_cast<double>(a.x.bytes() + a.w.bytes() + a.out.bytes()),
                          2.0 * static_cast<double>(a.out.numel()) * static_cast<double>(a.x.size(1)));
   switch (ctx.device) {
-    case Device::cpu: return linear_cpu(ctx.pool, a);
+    case Device::cpu: return linear_cpu(ctx, a);
     case Device::cuda: KL_CHECK(false, "linear: asked to run on cuda, where it has no kernel");
   }
 }

@@ -2,7 +2,12 @@
 //
 //   out[t, o] = sum_i x[t, i] · w[o, i]        (or out += with `accumulate`)
 //
-// f32 accumulation. The result of a row does not depend on how many rows are computed with it, nor on the
+// f32 accumulation. With ctx.precision bf16, x is rounded to bf16 first where w is bf16 and the processor
+// multiplies bf16 itself (otherwise nothing changes): that moves an x by 2^-8 of
+// itself at most and by 1.6e-3 in the root mean square, and a sum of independent terms as much: the result is
+// within 4e-3 rel-RMS of the definition.
+//
+// For each precision, the result of a row does not depend on how many rows are computed with it, nor on the
 // number of threads.
 #pragma once
 

@@ -82,34 +82,62 @@ TEST_P(LinearTest, MatchesTheDefinition) {
       }
 }
 
+TEST_P(LinearTest, RoundedActivationsStayWithinTheirBudget) {
+  ThreadPool pool(2);
+  Ctx exact{.pool = &pool}, rounded{.pool = &pool, .precision = Precision::bf16};
+  for (const int64_t T : {0, 1, 2, 5, 8, 9, 130, 257})
+    for (const auto& [in, out] : {std::pair{33, 63}, {200, 65}, {1025, 129}})
+      for (const bool accumulate : {false, true}) {
+        const Layer layer(T, in, out, dtype());
+        const auto y = layer.result(accumulate, [&](const LinearArgs& a) { linear(rounded, a); });
+        const auto expected = layer.result(accumulate, linear_ref);
+        // The contract: a bf16 has 8 significant bits, an error of 1.6e-3 in the root mean square.
+        EXPECT_LE(testing::rel_rms(y.tensor, expected.tensor), 4e-3)
+            << T << " x " << in << " -> " << out << " accumulate " << accumulate;
+        if (dtype() == DType::bf16 && isa() == Isa::avx512_bf16) continue;
+        const auto same = layer.result(accumulate, [&](const LinearArgs& a) { linear(exact, a); });
+        EXPECT_EQ(testing::to_doubles(y.tensor), testing::to_doubles(same.tensor)) << "rounded for nothing";
+      }
+}
+
 TEST_P(LinearTest, ARowHasTheSameBitsAloneAndInABatch) {
-  const Layer layer(131, 1100, 150, dtype());
-  Ctx ctx;
-  const auto batch = layer.result(false, [&](const LinearArgs& a) { linear(ctx, a); });
-  for (const int64_t t : {0, 1, 5, 95, 96, 130}) {
-    const auto alone = layer.result(false, [&](LinearArgs a) {
-      a.x = a.x.slice(0, t, t + 1), a.out = a.out.slice(0, t, t + 1);
-      linear(ctx, a);
-    });
-    EXPECT_EQ(std::memcmp(alone.tensor.at<float>(t), batch.tensor.at<float>(t), 150 * sizeof(float)), 0)
-        << "row " << t;
+  const Layer layer(131, 2100, 150, dtype());
+  for (const Precision precision : {Precision::exact, Precision::bf16}) {
+    Ctx ctx{.precision = precision};
+    const auto rows = [&](int64_t begin, int64_t end) {
+      return layer.result(false, [&](LinearArgs a) {
+        a.x = a.x.slice(0, begin, end), a.out = a.out.slice(0, begin, end);
+        linear(ctx, a);
+      });
+    };
+    const auto batch = rows(0, 131);
+    const auto expect_same = [&](int64_t begin, int64_t end) {
+      const auto part = rows(begin, end);
+      for (int64_t t = begin; t < end; ++t)
+        EXPECT_EQ(std::memcmp(part.tensor.at<float>(t), batch.tensor.at<float>(t), 150 * sizeof(float)), 0)
+            << "row " << t << " of [" << begin << ", " << end << ")";
+    };
+    for (const int64_t t : {0, 1, 5, 95, 96, 127, 128, 130}) expect_same(t, t + 1);
+    for (const int64_t T : {2, 4, 6, 8, 9, 40}) expect_same(3, 3 + T);
   }
 }
 
 TEST_P(LinearTest, TheNumberOfThreadsDoesNotChangeABit) {
   const Layer layer(100, 300, 700, dtype());
-  const auto run = [&](int threads) {
-    ThreadPool pool(threads);
-    Ctx ctx{.pool = &pool};
-    return layer.result(true, [&](const LinearArgs& a) { linear(ctx, a); });
-  };
-  const auto one = run(1);
-  for (const int threads : {2, 3})
-    EXPECT_EQ(testing::to_doubles(run(threads).tensor), testing::to_doubles(one.tensor)) << threads;
+  for (const Precision precision : {Precision::exact, Precision::bf16}) {
+    const auto run = [&](int threads) {
+      ThreadPool pool(threads);
+      Ctx ctx{.pool = &pool, .precision = precision};
+      return layer.result(true, [&](const LinearArgs& a) { linear(ctx, a); });
+    };
+    const auto one = run(1);
+    for (const int threads : {2, 3})
+      EXPECT_EQ(testing::to_doubles(run(threads).tensor), testing::to_doubles(one.tensor)) << threads;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(All, LinearTest,
-                         ::testing::Combine(::testing::Values(Isa::generic, Isa::avx2, Isa::avx512),
+                         ::testing::Combine(::testing::ValuesIn(kIsas),
                                             ::testing::Values(DType::f32, DType::bf16, DType::f16)),
                          [](const auto& info) {
                            return std::string(name_of(std::get<0>(info.param))) + "_" +

@@ -2,12 +2,13 @@
 #include "ops/moe/moe_cpu.h"
 
 #include "simd/gemm.h"
+#include "simd/gemm_bf16.h"
 #include "simd/vec.h"
 
 namespace kl::KL_ISA {
 namespace {
 
-constexpr int64_t kUnits = 64;  // hidden units at once: gate and up of a block stay in the first-level cache
+constexpr int64_t kUnits = 96;  // hidden units at once: gate and up of a block stay in the cache
 
 // gate[i] = silu(gate[i]) · up[i]
 void silu_mul(float* gate, const float* up, int64_t n) {
@@ -23,16 +24,27 @@ void expert_hidden(const ExpertHidden& e) {
   for (int64_t j = 0; j < e.units; j += kUnits) {
     const int64_t n = e.units - j < kUnits ? e.units - j : kUnits;
     const auto project = [&](const void* w, DType dtype, float* c, int64_t ldc) {
-      gemm_nt({.a = e.x,
-               .lda = e.D,
-               .b = static_cast<const char*>(w) + j * e.D * size_of(dtype),
-               .b_dtype = dtype,
-               .ldb = e.D,
-               .c = c,
-               .ldc = ldc,
-               .m = e.rows,
-               .n = n,
-               .k = e.D});
+      const void* const b = static_cast<const char*>(w) + j * e.D * size_of(dtype);
+      if (e.x)
+        gemm_nt({.a = e.x,
+                 .lda = e.D,
+                 .b = b,
+                 .b_dtype = dtype,
+                 .ldb = e.D,
+                 .c = c,
+                 .ldc = ldc,
+                 .m = e.rows,
+                 .n = n,
+                 .k = e.D});
+      else
+        gemm_nt_bf16({.a = e.packed,
+                      .b = static_cast<const bf16*>(b),
+                      .ldb = e.D,
+                      .c = c,
+                      .ldc = ldc,
+                      .m = e.rows,
+                      .n = n,
+                      .k = e.D});
     };
     project(e.w1, e.w1_dtype, e.h + j, e.ldh);
     project(e.w3, e.w3_dtype, up, kUnits);

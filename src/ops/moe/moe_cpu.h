@@ -13,13 +13,14 @@ void moe_experts_cpu(Ctx&, const MoeExpertsArgs&, int64_t I);  // moe_experts.cc
 //   h[i, j] = silu(w1_j · x_i) · (w3_j · x_i)
 struct ExpertHidden {
   const float* x;       // [rows, D], contiguous
+  const bf16* packed;   // or, if x is null: x rounded (simd/gemm_bf16.h), w1 and w3 being bf16
   const void *w1, *w3;  // [units, D]
   DType w1_dtype, w3_dtype;
   float* h;  // [rows, units]
   int64_t ldh;
   int64_t rows, units, D;  // rows <= kExpertRows
 };
-constexpr int64_t kExpertRows = 48;
+constexpr int64_t kExpertRows = 128;
 
 // out[i] += sum_j weights[j] · y[rows[j]]: the sum in f32 in the order of j, then added once. y [.., D].
 struct ExpertSum {
