@@ -28,15 +28,6 @@ void add_row(Rows& rows, const Session& session) {
   rows.emplace_back(session.logits().begin(), session.logits().end());
 }
 
-// Feeds tokens one by one.
-void follow(Session& session, Ids tokens, Rows& rows) {
-  add_row(rows, session);
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    session.feed(tokens.subspan(i, 1));
-    add_row(rows, session);
-  }
-}
-
 struct Difference {
   bool identical = true;
   double median = 0, worst = 0;  // of the rows: root mean square of the difference over that of the logits
@@ -70,48 +61,56 @@ class Verification {
     base_.context = static_cast<int64_t>(prompt.size() + rest.size());
   }
 
-  Difference warm_and_cold() const {
+  // Runs a check that feeds `prompts` times the prompt and `rests` times the tokens after it, about.
+  Difference run(Difference (Verification::*check)(), const char* name, double prompts, double rests) {
+    Progress progress(name, "tokens");
+    progress_ = &progress, done_ = 0;
+    total_ = prompts * static_cast<double>(prompt_.size()) + rests * static_cast<double>(rest_.size());
+    return (this->*check)();
+  }
+
+  Difference warm_and_cold() {
     const size_t half = prompt_.size() / 2;
     Engine cold = engine(), warm = engine([](EngineOptions&o) { o.sessions = 2; });
     Rows expected, found;
     {
       Session session(cold);
-      session.feed(prompt_.first(half));
-      session.feed(prompt_.subspan(half));
-      follow(session, rest_, expected);
+      feed(session, prompt_.first(half));
+      feed(session, prompt_.subspan(half));
+      follow(session, expected);
     }
     const std::vector<int32_t> other(prompt_.rbegin(), prompt_.rend());
     Session prefix(warm), session(warm);
-    prefix.feed(other), session.feed(other);
+    feed(prefix, other), feed(session, other);
     prefix.reset();
-    prefix.feed(prompt_.first(half));
+    feed(prefix, prompt_.first(half));
     session.copy_from(prefix);
-    prefix.feed(prompt_.first(1));  // the copy does not notice
-    session.feed(prompt_.subspan(half));
-    follow(session, rest_, found);
+    feed(prefix, prompt_.first(1));  // the copy does not notice
+    feed(session, prompt_.subspan(half));
+    follow(session, found);
     return compare(found, expected);
   }
 
-  Difference chunked_and_whole() const {
+  Difference chunked_and_whole() {
     const auto length = static_cast<int>(prompt_.size());
     Rows expected, found, whole;
     {
       Engine e = engine([&](EngineOptions& o) { o.prefill_chunk = length; });
       Session session(e);
-      session.feed(prompt_);
-      follow(session, rest_, whole);
+      feed(session, prompt_);
+      follow(session, whole);
     }
     for (const int chunk : {7, 61, length / 2 + 1}) {
       Engine e = engine([&](EngineOptions& o) { o.prefill_chunk = chunk; });
       Session session(e);
-      session.feed(prompt_);
-      follow(session, rest_, found);
+      feed(session, prompt_);
+      follow(session, found);
       expected.insert(expected.end(), whole.begin(), whole.end());
     }
     return compare(found, expected);
   }
 
-  Difference batched_and_alone() const {
+  Difference batched_and_alone() {
     // Prompts of different lengths, each past what would change its algorithm.
     const std::vector<Ids> prompts = {prompt_, prompt_.first(prompt_.size() / 2), prompt_.subspan(1),
                                       prompt_.last(prompt_.size() / 3 + 9)};
@@ -126,16 +125,17 @@ class Verification {
     }
     for (size_t i = 0; i <= rest_.size(); ++i) {
       together.step(feeds);
-      for (Feed& feed : feeds) {
-        add_row(found, *feed.session);
-        if (i < rest_.size()) feed.ids = rest_.subspan(i, 1);
+      for (Feed& f : feeds) {
+        count(f.ids.size());
+        add_row(found, *f.session);
+        if (i < rest_.size()) f.ids = rest_.subspan(i, 1);
       }
     }
     Rows one;
     for (const Ids ids : prompts) {
       Session session(alone);
-      session.feed(ids);
-      follow(session, rest_, one);
+      feed(session, ids);
+      follow(session, one);
     }
     for (size_t i = 0; i <= rest_.size(); ++i) {  // the order of the batch: step by step
       for (size_t n = 0; n < prompts.size(); ++n) expected.push_back(one[n * (rest_.size() + 1) + i]);
@@ -143,7 +143,7 @@ class Verification {
     return compare(found, expected);
   }
 
-  Difference saved_and_kept() const {
+  Difference saved_and_kept() {
     std::string path = (std::filesystem::temp_directory_path() / "kimi-linear-verify-XXXXXX").string();
     const int fd = mkstemp(path.data());
     KL_CHECK(fd >= 0, "cannot make a temporary file ", path);
@@ -152,11 +152,11 @@ class Verification {
     try {
       Engine one = engine(), another = engine();
       Session kept(one), saved(another);
-      kept.feed(prompt_);
+      feed(kept, prompt_);
       kept.save(path);
       saved.restore(path);
-      follow(kept, rest_, expected);
-      follow(saved, rest_, found);
+      follow(kept, expected);
+      follow(saved, found);
     } catch (...) {
       unlink(path.c_str());
       throw;
@@ -165,18 +165,35 @@ class Verification {
     return compare(found, expected);
   }
 
-  Difference threads_and_one() const {
+  Difference threads_and_one() {
     Rows rows[2];
     for (const int i : {0, 1}) {
       Engine e = engine([&](EngineOptions& o) { o.threads = i == 0 ? std::max(2, several_threads()) : 1; });
       Session session(e);
-      session.feed(prompt_);
-      follow(session, rest_, rows[i]);
+      feed(session, prompt_);
+      follow(session, rows[i]);
     }
     return compare(rows[0], rows[1]);
   }
 
  private:
+  void count(size_t tokens) {
+    KL_CHECK(!interrupted, "interrupted");
+    done_ += static_cast<double>(tokens);
+    progress_->update(std::min(done_, total_), total_);
+  }
+  void feed(Session& session, Ids ids) {
+    session.feed(ids, {}, &interrupted);
+    count(ids.size());
+  }
+  // The tokens after the prompt, one by one.
+  void follow(Session& session, Rows& rows) {
+    add_row(rows, session);
+    for (size_t i = 0; i < rest_.size(); ++i) {
+      feed(session, rest_.subspan(i, 1));
+      add_row(rows, session);
+    }
+  }
   int several_threads() const {
     return options_.model.threads > 0 ? options_.model.threads : available_processors();
   }
@@ -191,6 +208,8 @@ class Verification {
   std::shared_ptr<const Model> model_;
   Ids prompt_, rest_;
   EngineOptions base_;
+  Progress* progress_ = nullptr;  // of the check that runs
+  double done_ = 0, total_ = 0;   // tokens
 };
 
 std::string scientific(double value) {
@@ -226,30 +245,22 @@ int verify(const VerifyOptions& options) {
   const std::vector<int32_t> ids =
       sample_ids(tokenizer ? &*tokenizer : nullptr, model->config.vocab_size, prompt + rest, options.seed);
   const Ids all(ids);
-  const Verification v(options, model, all.first(static_cast<size_t>(prompt)),
-                       all.subspan(static_cast<size_t>(prompt)));
+  Verification v(options, model, all.first(static_cast<size_t>(prompt)),
+                 all.subspan(static_cast<size_t>(prompt)));
   const struct {
     const char* name;
-    Difference (Verification::*run)() const;
-    double tolerance;
-  } checks[] = {{"warm = cold", &Verification::warm_and_cold, 0},
-                {"chunked = whole", &Verification::chunked_and_whole, options.tolerance},
-                {"batched = alone", &Verification::batched_and_alone, 0},
-                {"saved = kept", &Verification::saved_and_kept, 0},
-                {"threads = one", &Verification::threads_and_one, 0}};
+    Difference (Verification::*run)();
+    double tolerance, prompts, rests;
+  } checks[] = {{"warm = cold", &Verification::warm_and_cold, 0, 4, 2},
+                {"chunked = whole", &Verification::chunked_and_whole, options.tolerance, 4, 4},
+                {"batched = alone", &Verification::batched_and_alone, 0, 5.7, 8},
+                {"saved = kept", &Verification::saved_and_kept, 0, 1, 2},
+                {"threads = one", &Verification::threads_and_one, 0, 2, 2}};
   print(cat("Logits after ", prompt, " tokens of ", tokenizer ? "text" : "random ids", " and after each of ",
             rest, " that follow\n"));
   bool good = true;
-  double done = 0;
   for (const auto& check : checks) {
-    KL_CHECK(!interrupted, "interrupted");
-    Difference d;
-    {
-      Progress progress(check.name, "checks");
-      progress.update(done++, std::size(checks));
-      d = (v.*check.run)();
-    }
-    good &= report(check.name, d, check.tolerance);
+    good &= report(check.name, v.run(check.run, check.name, check.prompts, check.rests), check.tolerance);
   }
   return good ? 0 : 1;
 }

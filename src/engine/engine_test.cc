@@ -137,21 +137,23 @@ TEST(Engine, SavedSessionsGoOnAsIfTheyHadNotBeen) {
 }
 
 TEST(Engine, SessionsOfOneStepDoNotSeeEachOther) {
-  Engine engine = make_engine({.context = 256, .sessions = 2});
+  Engine engine = make_engine({.context = 256, .sessions = 4});
   Engine alone = make_engine({.context = 256});
   const auto a = golden("prose")["ids"].get<std::vector<int32_t>>(),
              b = golden("passkey")["ids"].get<std::vector<int32_t>>();
   const auto begin = [](const std::vector<int32_t>& ids, size_t n) { return std::span(ids).first(n); };
-  Session x(engine), y(engine);
-  const std::vector<Feed> both = {{&x, begin(a, 12)}, {&y, begin(b, 40)}};
-  engine.step(both);
-  for (const auto& [session, ids] : both) {
+  // Short, long and very long ones in turn: they take different forms of the operators.
+  Session x(engine), y(engine), z(engine), w(engine);
+  const std::vector<Feed> all = {
+      {&x, begin(a, 12)}, {&y, begin(b, 220)}, {&z, begin(b, 3)}, {&w, begin(b, 90)}};
+  engine.step(all);
+  for (const auto& [session, ids] : all) {
     Session single(alone);
     single.feed(ids);
     EXPECT_EQ(session->tokens(), single.tokens());
     EXPECT_TRUE(std::equal(single.logits().begin(), single.logits().end(), session->logits().begin()));
   }
-  const std::vector<Feed> too_long = {{&x, begin(a, 3)}, {&y, begin(b, 217)}};
+  const std::vector<Feed> too_long = {{&x, begin(a, 3)}, {&y, begin(b, 37)}};
   EXPECT_THROW(engine.step(too_long), Error);
   EXPECT_EQ(x.tokens().size(), 12u);  // nothing has happened
   const std::vector<Feed> stranger = {{&x, {}}};

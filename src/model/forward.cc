@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <vector>
 
 #include "model/activations.h"
 #include "ops/act/act.h"
@@ -22,12 +24,44 @@ namespace {
 // Up to this many new tokens a sequence, the step-by-step recurrence does less work than the chunkwise form.
 constexpr int kRecurrentTokens = 8;
 
-// True where absorbed attention does less arithmetic than expanding the keys and values of the whole context:
-// with n queries over c tokens, n · c · (2R - Nk - V) against c · R · (Nk + V) multiplications a head (170
-// queries at the 48B's sizes).
-bool absorb(const Config& c, int64_t queries) {
+// Up to this many new tokens absorbed attention does less arithmetic than expanding the keys and values of
+// the whole context: with n queries over c tokens, n · c · (2R - Nk - V) against c · R · (Nk + V)
+// multiplications a head (170 queries at the 48B's sizes).
+int64_t absorbed_tokens(const Config& c) {
   const int64_t expanded_width = c.qk_nope_head_dim + c.v_head_dim;
-  return queries * (2 * int64_t{c.kv_lora_rank} - expanded_width) <= c.kv_lora_rank * expanded_width;
+  const int64_t more = 2 * int64_t{c.kv_lora_rank} - expanded_width;
+  return more > 0 ? c.kv_lora_rank * expanded_width / more : std::numeric_limits<int64_t>::max();
+}
+
+// Neighbouring sequences that take the same form of an operator. A sequence's form depends on its own number
+// of tokens alone: company in the batch neither changes its bits nor makes it take the form that is slow for
+// it.
+struct Run {
+  int64_t first, end;  // sequences
+  int64_t row, last;   // their rows of the batch: [row, last)
+  Tensor cu_seqlens;   // [end - first + 1] i32, from 0
+  bool short_form;
+
+  Tensor rows(const Tensor& t) const { return t.slice(0, row, last); }
+  Tensor sequences(const Tensor& t) const { return t.slice(0, first, end); }
+};
+
+// Runs of the sequences with up to `most` new tokens and of those with more.
+std::vector<Run> make_runs(Arena& arena, const Batch& batch, int64_t most) {
+  std::vector<Run> runs;
+  const auto row = [&](int64_t n) { return int64_t{batch.cu_seqlens[static_cast<size_t>(n)]}; };
+  for (int64_t n = 0; n < batch.sequences(); ++n) {
+    const bool short_form = row(n + 1) - row(n) <= most;
+    if (runs.empty() || runs.back().short_form != short_form)
+      runs.push_back({.first = n, .row = row(n), .short_form = short_form});
+    runs.back().end = n + 1, runs.back().last = row(n + 1);
+  }
+  for (Run& run : runs) {
+    run.cu_seqlens = arena.alloc(DType::i32, {run.end - run.first + 1});
+    for (int64_t n = run.first; n <= run.end; ++n)
+      *run.cu_seqlens.at<int32_t>(n - run.first) = static_cast<int32_t>(row(n) - run.row);
+  }
+  return runs;
 }
 
 struct Pass {  // what every layer of one pass shares
@@ -35,7 +69,7 @@ struct Pass {  // what every layer of one pass shares
   const Config& config;
   const Activations& a;
   State& state;
-  int longest;  // tokens of the longest sequence
+  std::vector<Run> kda_runs, mla_runs;
 };
 
 void embed(const Pass& p, const Tensor& table, const Batch& batch) {
@@ -79,12 +113,16 @@ void kda_layer(const Pass& p, const KdaWeights& w, int layer) {
   kda.q = mixed[0], kda.k = mixed[1], kda.v = mixed[2];
   kda.g = a.f.view({T, H, K});
   kda.beta = a.beta;
-  kda.cu_seqlens = a.cu_seqlens;
   kda.out = a.o.view({T, H, K});
   kda.state = p.state.kda(layer);
-  kda.slot = a.slots;
   kda.gate = {.kind = KdaGateKind::softplus, .A_log = w.A_log, .dt_bias = w.dt_bias};
-  p.longest <= kRecurrentTokens ? kda_decode(ctx, kda) : kda_prefill(ctx, kda);
+  for (const Run& run : p.kda_runs) {
+    KdaArgs part = kda;
+    part.q = run.rows(kda.q), part.k = run.rows(kda.k), part.v = run.rows(kda.v);
+    part.g = run.rows(kda.g), part.beta = run.rows(kda.beta), part.out = run.rows(kda.out);
+    part.cu_seqlens = run.cu_seqlens, part.slot = run.sequences(a.slots);
+    run.short_form ? kda_decode(ctx, part) : kda_prefill(ctx, part);
+  }
 
   linear(ctx, {.x = x, .w = w.g_a_proj, .out = a.g_a});
   linear(ctx, {.x = a.g_a, .w = w.g_b_proj, .out = a.g});
@@ -109,12 +147,17 @@ void mla_layer(const Pass& p, const MlaWeights& w, int layer) {
 
   const MlaCache cache = {.rows = p.state.latent(layer), .page_table = a.page_table, .context = a.context};
   mla_append(ctx, {.latent = a.latent, .cu_seqlens = a.cu_seqlens, .cache = cache});
-  const MlaArgs mla = {.q = a.mla_q,
-                       .kv_b_proj = w.kv_b_proj,
-                       .cu_seqlens = a.cu_seqlens,
-                       .cache = cache,
-                       .out = a.mla_o.view({T, c.num_attention_heads, c.v_head_dim})};
-  absorb(c, p.longest) ? mla_decode(ctx, mla) : mla_prefill(ctx, mla);
+  const Tensor out = a.mla_o.view({T, c.num_attention_heads, c.v_head_dim});
+  for (const Run& run : p.mla_runs) {
+    const MlaArgs mla = {.q = run.rows(a.mla_q),
+                         .kv_b_proj = w.kv_b_proj,
+                         .cu_seqlens = run.cu_seqlens,
+                         .cache = {.rows = cache.rows,
+                                   .page_table = run.sequences(a.page_table),
+                                   .context = run.sequences(a.context)},
+                         .out = run.rows(out)};
+    run.short_form ? mla_decode(ctx, mla) : mla_prefill(ctx, mla);
+  }
   linear(ctx, {.x = a.mla_o, .w = w.o_proj, .out = a.hidden, .accumulate = true});
 }
 
@@ -193,17 +236,18 @@ Tensor forward(Ctx& outer, const Model& model, const Batch& batch, State& state,
   const Config& c = model.config;
   const Weights& w = model.weights;
   check_batch(batch, c);
-  int longest = 0;
   const auto length = [&](size_t n) { return batch.cu_seqlens[n + 1] - batch.cu_seqlens[n]; };
-  for (size_t n = 0; n < batch.slots.size(); ++n) {
-    state.reserve(batch.slots[n], length(n));
-    longest = std::max(longest, length(n));
-  }
+  for (size_t n = 0; n < batch.slots.size(); ++n) state.reserve(batch.slots[n], length(n));
   arena.reset();
   Ctx ctx = outer;
   ctx.scratch = &arena;
   const Activations a = make_activations(arena, c, batch, state);
-  const Pass p = {ctx, c, a, state, longest};
+  const Pass p = {ctx,
+                  c,
+                  a,
+                  state,
+                  make_runs(arena, batch, kRecurrentTokens),
+                  make_runs(arena, batch, absorbed_tokens(c))};
   const auto norm = [&](const Tensor& weight) {
     rms_norm(ctx, {.x = a.hidden, .weight = weight, .out = a.normed, .eps = c.rms_norm_eps});
   };
