@@ -35,10 +35,6 @@ KdaCpuHead cpu_head(const Head& h, const HeadGate<float>& gate) {
           .lower_bound = args.gate.lower_bound};
 }
 
-// Heads that a thread takes through a sequence together: their states stay in a second-level cache of 1 MB.
-// Fewer where that would leave threads without work.
-constexpr int64_t kMaxGroup = 4, kTasksPerThread = 4;
-
 int64_t state_size(const KdaArgs& args) {
   return kda_padded(args.q.size(2)) * kda_state_stride(args.v.size(2));
 }
@@ -50,38 +46,21 @@ void load_padded(const Head& h, int64_t slot, float* S) {
   std::fill(S + h.K * stride, S + kda_padded(h.K) * stride, 0.f);
 }
 
-// One head of a group on its way through its sequence.
-struct Prefill {
-  Head h;
-  HeadGate<float> gate;
-  KdaCpuHead head;
-  float* S;
-
-  Prefill(const Head& of, float* state)
-      : h(of), gate(of.args.gate, of.head, of.K), head(cpu_head(of, gate)), S(state) {
-    load_padded(h, h.read_slot, S);
-  }
-  void keep(int64_t slot) const { store_state(h, S, slot, kda_state_stride(h.V)); }
-};
-
-// The heads [first, last) of a sequence, one chunk of all before the next: rows of neighbours share pages,
-// whose addresses are then translated once. Checkpoints lie between chunks: their rows are multiples of 16
-// tokens.
-void prefill_heads(const KdaArgs& args, int64_t sequence, int64_t first, int64_t last, float* memory) {
+// Checkpoints lie between chunks: their rows are multiples of 16 tokens.
+void prefill_head(const Head& h, float* memory) {
   static_assert(16 % kKdaChunk == 0);
-  std::vector<Prefill> heads;
-  heads.reserve(static_cast<size_t>(last - first));
-  for (int64_t head = first; head < last; ++head, memory += state_size(args))
-    heads.emplace_back(kda::head_of(args, sequence, head), memory);
-  const Head& h = heads[0].h;
-  for (int64_t begin = h.begin; begin < h.end; begin += kKdaChunk) {
-    const int64_t end = std::min(begin + kKdaChunk, h.end);
-    for (const Prefill& p : heads) KL_ACTIVE_ISA(kda_chunks)({p.head, begin, end, p.S, memory});
-    kda::for_each_checkpoint(args, begin, end, [&](int64_t, int64_t slot) {
-      for (const Prefill& p : heads) p.keep(slot);
-    });
-  }
-  for (const Prefill& p : heads) p.keep(h.write_slot);
+  float *const S = memory, *const rest = memory + state_size(h.args);
+  const HeadGate<float> gate(h.args.gate, h.head, h.K);
+  const KdaCpuHead head = cpu_head(h, gate);
+  int64_t begin = h.begin;
+  const auto keep_at = [&](int64_t end, int64_t slot) {
+    KL_ACTIVE_ISA(kda_chunks)({head, begin, end, S, rest});
+    begin = end;
+    store_state(h, S, slot, kda_state_stride(h.V));
+  };
+  load_padded(h, h.read_slot, S);
+  kda::for_each_checkpoint(h.args, h.begin, h.end, keep_at);
+  keep_at(h.end, h.write_slot);
 }
 
 // Can the kernel read and write the states where they are?
@@ -120,37 +99,26 @@ void copy_state(const Head& h, float* S) {
   store_state(h, S, h.write_slot, kda_state_stride(h.V));
 }
 
+void run_heads(Ctx& ctx, const KdaArgs& args, int64_t kernel_memory, void (*work)(const Head&, float*)) {
+  const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1);
+  Scratch scratch(ctx);
+  for_each_with_scratch(ctx.pool, N * Hv, scratch, state_size(args) + kernel_memory,
+                        [&](int64_t task, float* memory) {
+                          const Head h = kda::head_of(args, task / Hv, task % Hv);
+                          h.begin == h.end ? copy_state(h, memory) : work(h, memory);
+                        });
+}
+
 }  // namespace
 
 // Where beta may pass 1, rounding errors of f32 add up from chunk to chunk (kda_chunk_ref.cc says how): f64.
 void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) {
   if (args.beta_kind != KdaBeta::sigmoid) return kda::for_each_head(ctx.pool, args, kda::chunk_head);
-  const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1);
-  const int64_t threads = ctx.pool ? ctx.pool->threads() : 1;
-  const int64_t group = std::clamp<int64_t>(N * Hv / (kTasksPerThread * threads), 1, kMaxGroup);
-  const int64_t groups = (Hv + group - 1) / group;
-  Scratch scratch(ctx);
-  for_each_with_scratch(ctx.pool, N * groups, scratch,
-                        group * state_size(args) + kda_chunks_memory(args.q.size(2), args.v.size(2)),
-                        [&](int64_t task, float* memory) {
-                          const int64_t sequence = task / groups, first = task % groups * group;
-                          const Head h = kda::head_of(args, sequence, first);
-                          const int64_t last = std::min(first + group, Hv);
-                          if (h.begin < h.end) return prefill_heads(args, sequence, first, last, memory);
-                          for (int64_t head = first; head < last; ++head)
-                            copy_state(kda::head_of(args, sequence, head), memory);
-                        });
+  run_heads(ctx, args, kda_chunks_memory(args.q.size(2), args.v.size(2)), prefill_head);
 }
 
 void kda_decode_cpu(Ctx& ctx, const KdaArgs& args) {
-  const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1);
-  Scratch scratch(ctx);
-  for_each_with_scratch(ctx.pool, N * Hv, scratch,
-                        state_size(args) + kda_decode_memory(args.q.size(2), args.v.size(2)),
-                        [&](int64_t task, float* memory) {
-                          const Head h = kda::head_of(args, task / Hv, task % Hv);
-                          h.begin == h.end ? copy_state(h, memory) : decode_head(h, memory);
-                        });
+  run_heads(ctx, args, kda_decode_memory(args.q.size(2), args.v.size(2)), decode_head);
 }
 
 }  // namespace kl

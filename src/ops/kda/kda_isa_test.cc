@@ -103,7 +103,6 @@ TEST(KdaIsa, Bf16OutputsAreTheRoundedOnes) {
   });
 }
 
-// Eleven heads: groups of unequal size, and other ones for another number of threads.
 TEST(KdaIsa, SameBitsOnAnyThreadsPackedOrAlone) {
   const KdaProblem problem({.lengths = {70, 0, 16, 33}, .H = 11, .Hv = 11, .K = 24, .V = 40}, 9);
   for_each_isa([&] {
