@@ -142,6 +142,7 @@ TEST_F(GemmBf16Test, OtherInstructionSetsSayThatTheyHaveNone) {
 
 TEST(GemmBf16, TasksAreWholeTilesAndWorthAThread) {
   EXPECT_EQ(gemm_bf16_task_columns(128, 4096), 192);
+  EXPECT_EQ(gemm_bf16_task_columns(128, 9216), 192);
   EXPECT_EQ(gemm_bf16_task_columns(1, 4096), 48);
   EXPECT_EQ(gemm_bf16_task_columns(1, 1 << 20), 48);  // never fewer
   EXPECT_EQ(gemm_bf16_task_columns(1, 0) % 48, 0);
