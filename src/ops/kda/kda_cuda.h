@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ops/kda/kda.h"
+#include "ops/kda/kda_replay.h"
 #include "ops/kda/kda_step.h"
 
 namespace kl::cuda {
@@ -21,6 +22,9 @@ void kda_decode_pipeline(const Ctx&, const KdaArgs&);
 // The fused decode step of kda_step.h, in the pipelined kernel.
 bool kda_step_takes(const KdaStepArgs&);
 void kda_step(const Ctx&, const KdaStepArgs&);
+
+// Replay decode of kda_replay.h, every GPU.
+void kda_replay(const Ctx&, const KdaReplayArgs&);
 
 // Chunkwise with mma.sync: sm_80 and up, any K and V up to 256; no workspace. The first leaves short
 // sequences to kda_decode().

@@ -1,7 +1,7 @@
-// Times KDA decode, the fused decode step and the portable prefill on the GPU and prints one table: time of
-// one step, bandwidth, and its share of the copy bandwidth measured in the same run. Inputs in bf16, softplus
-// gate, all fusions on; state pools rotate through more memory than the L2 cache holds, slots are in a random
-// order.
+// Times KDA decode, its fused step, replay decode and the portable prefill on the GPU and prints one table:
+// time of one step, bandwidth, and its share of the copy bandwidth measured in the same run. Inputs in bf16,
+// softplus gate, all fusions on; state pools rotate through more memory than the L2 cache holds, slots are in
+// a random order.
 //
 //   kda_decode_cuda_bench [a part of a row's name, to run only such rows]
 #include <cstdio>
@@ -44,6 +44,7 @@ struct DecodeBench {
   std::vector<Step> steps;
   cuda::DeviceTensor pool, cu, A_log, dt_bias, norm_weight;
   cuda::DeviceTensor conv_weight[3], conv_state[3];  // of q, k, v
+  cuda::DeviceTensor keys, decays, deltas, fill;     // of replay decode; fill: a row for each count
 
   DecodeBench(int B, int H, int D, int tokens, bool v_first, DType state)
       : B(B), H(H), D(D), tokens(tokens), v_first(v_first), state(state) {
@@ -75,6 +76,11 @@ struct DecodeBench {
           cuda::to_device(testing::random_normal(DType::f32, {H * D, kStepTaps}, random, 0.5).tensor);
       conv_state[i] = cuda::device_tensor(DType::f32, {slots, H * D, kStepTaps - 1}, 0x3c);
     }
+    for (cuda::DeviceTensor* t : {&keys, &decays, &deltas})  // every element 0.0115
+      *t = cuda::device_tensor(DType::f32, {slots, H, kMostRecords, D}, 0x3c);
+    std::vector<int32_t> counts(static_cast<size_t>(kMostRecords * B));
+    for (size_t i = 0; i < counts.size(); ++i) counts[i] = static_cast<int32_t>(i) / B;
+    fill = cuda::to_device(Tensor(counts.data(), DType::i32, {kMostRecords, B}));
     for (int64_t i = 0; i < turns; ++i) {
       Step s;
       s.q = random_rows({T, H, D});
@@ -109,6 +115,15 @@ struct DecodeBench {
     a.norm_weight = norm_weight.tensor;
     return a;
   }
+  // Every slot's ring moves on by one record each time that its turn comes.
+  KdaReplayArgs replay_args(int i) const {
+    KdaReplayArgs a;
+    a.kda = args(i);
+    a.kda.cu_seqlens = Tensor();
+    a.keys = keys.tensor, a.decays = decays.tensor, a.deltas = deltas.tensor;
+    a.fill = fill.tensor[static_cast<int64_t>(static_cast<size_t>(i) / steps.size()) % kMostRecords];
+    return a;
+  }
   // Beside bytes(): convolution states twice, their weights and the output gate once.
   double bytes_of_fusion() const {
     return 2. * B * 3 * H * D * 3 * 4 + 3. * H * D * kStepTaps * 4 + 2. * B * H * D;
@@ -122,12 +137,13 @@ struct DecodeBench {
 };
 
 void print_row(const std::string& name, const DecodeBench& bench, double bytes, double bandwidth,
-               const std::function<void(const Ctx&, int)>& decode) {
+               const std::function<void(const Ctx&, int)>& decode, int rounds = 1) {
   Ctx ctx;
   ctx.device = Device::cuda;
   const int turns = static_cast<int>(bench.steps.size());
-  const int repetitions =
-      bench.tokens > 100 ? turns : std::max(turns, std::min(turns * ((200 + turns - 1) / turns), 400));
+  // Whole rounds of all turns, some 200 steps or more.
+  const int least = bench.tokens > 100 ? 1 : 200, round = turns * rounds;
+  const int repetitions = (least + round - 1) / round * round;
   const testing::Timing t = testing::time_graph(repetitions, 15, [&](int i, cudaStream_t stream) {
     ctx.stream = stream;
     decode(ctx, i);
@@ -168,6 +184,12 @@ int run(const char* filter) {
     if (r.tokens > 1) continue;
     print_row(std::string(name) + " fused step", bench, bench.bytes() + bench.bytes_of_fusion(), bandwidth,
               [&](const Ctx& ctx, int i) { cuda::kda_step(ctx, bench.step_args(i)); });
+    // Beside the bytes of plain decode: 100 % would be its floor.
+    if (r.state == DType::f32 && r.B >= 16)
+      print_row(
+          std::string(name) + " replay", bench, bench.bytes(), bandwidth,
+          [&](const Ctx& ctx, int i) { cuda::kda_replay(ctx, bench.replay_args(i)); },
+          static_cast<int>(kMostRecords));
   }
   for (const int H : {32, 96}) {
     const std::string name = "B1 H" + std::to_string(H) + " D128 T8192 [K,V] f32 portable prefill";

@@ -1,0 +1,184 @@
+// Replay decode: the definition beside the plain recurrence over many steps and foldings; the GPU beside the
+// definition.
+#include "ops/kda/kda_replay.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+#include <string>
+
+#include "testing/compare.h"
+#include "testing/random.h"
+#ifdef KL_CUDA
+#include "cuda/memory.h"
+#endif
+
+namespace kl {
+namespace {
+
+using testing::random_normal;
+
+// Some sequences that are decoded step by step, their states and records.
+struct Replay {
+  int64_t N, H, Hv, K, V, L;
+  bool v_first;
+  KdaGateKind gate;
+  OwnedTensor state, keys, decays, deltas, slot, fill, A_log;
+
+  Replay(int64_t N, int64_t H, int64_t Hv, int64_t K, int64_t V, int64_t L, bool v_first, KdaGateKind gate,
+         testing::Random& random)
+      : N(N), H(H), Hv(Hv), K(K), V(V), L(L), v_first(v_first), gate(gate) {
+    const int64_t slots = 2 * N + 1;
+    state = v_first ? random_normal(DType::f32, {slots, Hv, V, K}, random, 0.5)
+                    : random_normal(DType::f32, {slots, Hv, K, V}, random, 0.5);
+    keys = make_tensor(DType::f32, {slots, Hv, L, K}), decays = make_tensor(DType::f32, {slots, Hv, L, K});
+    deltas = make_tensor(DType::f32, {slots, Hv, L, V});
+    for (OwnedTensor* t : {&keys, &decays, &deltas}) testing::fill_nan(t->tensor);
+    slot = make_tensor(DType::i32, {N}), fill = make_tensor(DType::i32, {N});
+    for (int64_t n = 0; n < N; ++n)
+      *slot.tensor.at<int32_t>(n) = n % 4 == 2 ? -1 : static_cast<int32_t>(2 * n + 1);
+    A_log = random_normal(DType::f32, {Hv}, random);
+  }
+  void count() {
+    for (int64_t n = 0; n < N; ++n) {
+      int32_t& records = *fill.tensor.at<int32_t>(n);
+      records = records + 1 == L ? 0 : records + 1;
+    }
+  }
+};
+
+struct Rows {
+  OwnedTensor q, k, v, g, beta, out;
+  Rows(const Replay& r, int64_t T, DType type, testing::Random& random) {
+    q = random_normal(type, {T, r.H, r.K}, random), k = random_normal(type, {T, r.H, r.K}, random);
+    v = random_normal(type, {T, r.Hv, r.V}, random), g = make_tensor(type, {T, r.Hv, r.K});
+    beta = random_normal(type, {T, r.Hv}, random), out = make_tensor(type, {T, r.Hv, r.V});
+    testing::fill_nan(out.tensor);
+    // Given log-decays are mild, steep or -inf; the other gates read numbers around zero.
+    testing::fill(g.tensor, [&](int64_t) {
+      if (r.gate != KdaGateKind::log_decay) return random.normal();
+      const double kind = random.uniform();
+      return kind < 0.02  ? -std::numeric_limits<double>::infinity()
+             : kind < 0.1 ? random.uniform(-90, 0)
+                          : -0.1 * random.uniform();
+    });
+  }
+};
+
+KdaArgs rows_of(const Replay& r, const Rows& rows, int64_t begin, int64_t end) {
+  KdaArgs a;
+  a.q = rows.q.tensor.slice(0, begin, end), a.k = rows.k.tensor.slice(0, begin, end);
+  a.v = rows.v.tensor.slice(0, begin, end), a.g = rows.g.tensor.slice(0, begin, end);
+  a.beta = rows.beta.tensor.slice(0, begin, end), a.out = rows.out.tensor.slice(0, begin, end);
+  a.gate.kind = r.gate;
+  a.gate.A_log = r.A_log.tensor;
+  a.state_v_first = r.v_first;
+  return a;
+}
+
+KdaReplayArgs replay_args(const Replay& r, const Rows& rows, int64_t begin, int64_t end) {
+  KdaReplayArgs a;
+  a.kda = rows_of(r, rows, begin, end);
+  a.kda.state = r.state.tensor, a.kda.slot = r.slot.tensor;
+  a.keys = r.keys.tensor, a.decays = r.decays.tensor, a.deltas = r.deltas.tensor, a.fill = r.fill.tensor;
+  return a;
+}
+
+TEST(KdaReplay, PlaysTheRecurrence) {
+  for (const KdaGateKind gate : {KdaGateKind::log_decay, KdaGateKind::softplus, KdaGateKind::bounded})
+    for (const int64_t L : {1, 3, 16})
+      for (const bool v_first : {false, true}) {
+        SCOPED_TRACE(cat("gate ", static_cast<int>(gate), ", ", L, " records"));
+        testing::Random random(static_cast<uint64_t>(L));
+        Replay r(1, 1, 2, 12, 6, L, v_first, gate, random);
+        const int64_t T = 2 * L;  // ends with everything in the state
+        const Rows rows(r, T, DType::f32, random);
+        OwnedTensor state = make_tensor(DType::f64, {3, 2, v_first ? 6 : 12, v_first ? 12 : 6}),
+                    out = make_tensor(DType::f64, {T, 2, 6}), cu = make_tensor(DType::i32, {2});
+        const std::vector<double> start = testing::to_doubles(r.state.tensor);
+        std::copy(start.begin(), start.end(), state.tensor.ptr<double>());
+        *cu.tensor.at<int32_t>(1) = static_cast<int32_t>(T);
+        KdaArgs whole = rows_of(r, rows, 0, T);
+        whole.state = state.tensor, whole.out = out.tensor, whole.cu_seqlens = cu.tensor,
+        whole.slot = r.slot.tensor;
+        kda_recurrent_ref(whole, KdaPrecision::f64);
+        Ctx ctx;
+        for (int64_t t = 0; t < T; ++t) {
+          kda_replay(ctx, replay_args(r, rows, t, t + 1));
+          r.count();
+        }
+        // States and records are kept in f32.
+        EXPECT_LE(testing::rel_rms(rows.out.tensor, out.tensor), 1e-5);
+        EXPECT_LE(testing::rel_rms(r.state.tensor, state.tensor), 1e-5);
+      }
+}
+
+TEST(KdaReplay, SaysWhatDoesNotFit) {
+  testing::Random random(1);
+  const Replay r(1, 1, 1, 8, 8, 4, false, KdaGateKind::softplus, random);
+  const Rows rows(r, 1, DType::f32, random);
+  Ctx ctx;
+  KdaReplayArgs a = replay_args(r, rows, 0, 1);
+  a.deltas = a.deltas.slice(2, 0, 3);
+  try {
+    kda_replay(ctx, a);
+    FAIL() << "took rings of different lengths";
+  } catch (const Error& e) {
+    EXPECT_STREQ(e.what(), "kda_replay deltas: expected shape [3, 1, 4, 8], found [3, 1, 3, 8]");
+  }
+}
+
+#ifdef KL_CUDA
+TEST(KdaReplayCuda, BesideTheDefinition) {
+  if (!cuda::device_present()) GTEST_SKIP() << "no CUDA device";
+  struct Shape {
+    int64_t K, V, L;
+  };
+  for (const Shape& shape : {Shape{64, 64, 16}, Shape{128, 128, 5}, Shape{128, 64, 1}, Shape{128, 128, 16}})
+    for (const bool v_first : {false, true})
+      for (const KdaGateKind gate : {KdaGateKind::log_decay, KdaGateKind::softplus, KdaGateKind::bounded}) {
+        SCOPED_TRACE(cat(shape.K, " x ", shape.V, ", ", shape.L, " records, gate ", static_cast<int>(gate)));
+        testing::Random random(static_cast<uint64_t>(shape.L));
+        const int64_t N = 3, T = shape.L + 2;
+        Replay r(N, 1, 2, shape.K, shape.V, shape.L, v_first, gate, random);
+        const DType type = v_first ? DType::bf16 : DType::f32;
+        const Rows rows(r, T * N, type, random);
+        const cuda::DeviceTensor q = cuda::to_device(rows.q.tensor), k = cuda::to_device(rows.k.tensor),
+                                 v = cuda::to_device(rows.v.tensor), g = cuda::to_device(rows.g.tensor),
+                                 beta = cuda::to_device(rows.beta.tensor),
+                                 out = cuda::to_device(rows.out.tensor),
+                                 state = cuda::to_device(r.state.tensor),
+                                 keys = cuda::to_device(r.keys.tensor),
+                                 decays = cuda::to_device(r.decays.tensor),
+                                 deltas = cuda::to_device(r.deltas.tensor),
+                                 slot = cuda::to_device(r.slot.tensor),
+                                 A_log = cuda::to_device(r.A_log.tensor);
+        Ctx host, device;
+        device.device = Device::cuda;
+        for (int64_t t = 0; t < T; ++t) {
+          const cuda::DeviceTensor fill = cuda::to_device(r.fill.tensor);
+          KdaReplayArgs a = replay_args(r, rows, t * N, (t + 1) * N);
+          const auto step = [&](const cuda::DeviceTensor& x) {
+            return x.tensor.slice(0, t * N, (t + 1) * N);
+          };
+          a.kda.q = step(q), a.kda.k = step(k), a.kda.v = step(v), a.kda.g = step(g), a.kda.beta = step(beta);
+          a.kda.out = step(out), a.kda.state = state.tensor, a.kda.slot = slot.tensor,
+          a.kda.gate.A_log = A_log.tensor;
+          a.keys = keys.tensor, a.decays = decays.tensor, a.deltas = deltas.tensor, a.fill = fill.tensor;
+          kda_replay(device, a);
+          KL_CUDA_CHECK(cudaDeviceSynchronize(), "replaying");
+          kda_replay(host, replay_args(r, rows, t * N, (t + 1) * N));
+          r.count();
+        }
+        // bf16 outputs are rounded like the definition's; next to a boundary they may fall to its other side.
+        EXPECT_LE(testing::rel_rms(cuda::to_host(out.tensor).tensor, rows.out.tensor),
+                  type == DType::bf16 ? 5e-4 : 1e-5);
+        EXPECT_LE(testing::rel_rms(cuda::to_host(state.tensor).tensor, r.state.tensor), 1e-5);
+        EXPECT_LE(testing::rel_rms(cuda::to_host(keys.tensor).tensor, r.keys.tensor), 1e-5);
+        EXPECT_LE(testing::rel_rms(cuda::to_host(deltas.tensor).tensor, r.deltas.tensor), 2e-5);
+      }
+}
+#endif  // KL_CUDA
+
+}  // namespace
+}  // namespace kl
