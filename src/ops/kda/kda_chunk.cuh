@@ -20,7 +20,7 @@ namespace kl::cuda {
 
 constexpr int kChunkTokens = 16;
 constexpr int kMinSegmentChunks = 8;
-constexpr int kProbeChunks = 2;          // of a transition item before anybody asks whether it may end
+constexpr int kProbeChunks = 4;          // of a transition item before anybody asks whether it may end
 constexpr float kNegligible = 0x1p-24f;  // of the norm of M
 
 struct PrefillParams {
@@ -40,8 +40,9 @@ struct PrefillParams {
   int segment_chunks;  // a sequence of n chunks has ceil(n / segment_chunks) segments
 
   // Workspace; all but `next_item` null where no sequence can have two segments.
-  int* next_item;  // [2], zero before each kernel that counts
-  int* progress;   // [segments, heads] chunks with qt written, negated once M is negligible
+  int* next_item;  // zero before the kernel, where no sequence can have two segments
+  int*
+      progress;  // [segments, heads] chunks with qt written, negated once M is negligible or nobody's concern
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
   void* queries;      // [T, heads, D] bf16, qt
@@ -162,8 +163,8 @@ struct StatePlace {
   int64_t base, k_stride, v_stride;
 };
 KL_DEVICE StatePlace state_place(const PrefillParams& p, int slot, int head) {
-  return {p.state, offset_of(p.state, slot, head), opaque(p.state_v_first ? 1 : p.state_row_stride),
-          opaque(p.state_v_first ? p.state_row_stride : 1)};
+  return {p.state, offset_of(p.state, slot, head), opaque(p.state_v_first ? int64_t{1} : p.state_row_stride),
+          opaque(p.state_v_first ? p.state_row_stride : int64_t{1})};
 }
 
 // The kernels behind kda_prefill_sm90() that make one out of many segments: states before each segment and

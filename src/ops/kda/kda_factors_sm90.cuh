@@ -263,8 +263,8 @@ class Producer {
     const int rows = info.rows, head = info.head;
     const uint32_t pair = ring.slot(slot) + R::kPair, write = ring.slot(slot) + R::kWrite;
     // Lane's strength: of token lane % 16. Wanted after the loop; the load is under way meanwhile.
-    float beta = 0;
-    if (lane % 16 < rows) beta = load_element(p.beta, offset_of(p.beta, info.token + lane % 16, head));
+    RawElement raw_beta;
+    if (lane % 16 < rows) raw_beta = load_raw(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
     float k_scale[2] = {1, 1}, q_scale[2] = {1, 1};
     if (p.l2norm) inverse_lengths(pair, k_scale), inverse_lengths(pair + R::kPanelBytes, q_scale);
@@ -354,7 +354,7 @@ class Producer {
         to[0] = {decay[0], decay[1]}, to[4] = {decay[2], decay[3]};
       }
     }
-    beta = lane % 16 < rows ? write_strength(p.beta_kind, beta) : 0.f;
+    const float beta = lane % 16 < rows ? write_strength(p.beta_kind, value_of(p.beta, raw_beta)) : 0.f;
     uint32_t high[4], low[4];  // T^T, a left operand
     invert(L, beta, high, low);
     finish(slot, write, A, high, low);

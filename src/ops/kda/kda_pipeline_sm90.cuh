@@ -188,12 +188,11 @@ struct Loader {
   }
 
   // The block's next item. Where sequences are split there is at most one probe and about one value item for
-  // a block, so turns will do; elsewhere, and for the transitions that are left over, blocks take what is
-  // next.
-  KL_DEVICE int next_item(int before, bool second) const {
-    if (p.progress != nullptr && !second) return before < 0 ? blockIdx.x : before + gridDim.x;
+  // a block, so turns will do; elsewhere blocks take what is next.
+  KL_DEVICE int next_item(int before) const {
+    if (p.progress != nullptr) return before < 0 ? blockIdx.x : before + gridDim.x;
     int i = 0;
-    if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item + second, 1);
+    if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item, 1);
     return __shfl_sync(0xffffffffu, i, 0);
   }
 
@@ -201,15 +200,16 @@ struct Loader {
   KL_DEVICE void run(bool second) {
     const int total = count_segments(p) * p.heads;
     const bool split = p.progress != nullptr;
-    if (split && !second && blockIdx.x == 0 && threadIdx.x % 32 == 0) p.next_item[1] = 0;
     const int items = second || !split ? total : 2 * total;
-    for (int i = next_item(-1, second); i < items; i = next_item(i, second)) {
+    for (int i = next_item(-1); i < items; i = next_item(i)) {
       const bool value = !second && i >= items - total;
       const int of_kind = i >= total ? i - total : i, head = of_kind % p.heads;
       const Segment s = split ? find_segment(p, of_kind / p.heads) : find_by_length(p, of_kind / p.heads);
       if (value) {
         load_item(Item::value, s, head, 0, s.chunks);
-      } else if (s.index > 0) {
+      } else if (s.index == 0) {
+        if (threadIdx.x % 32 == 0) p.progress[s.id * p.heads + head] = -1;  // nothing left for anybody
+      } else {
         const int probed = min(kProbeChunks, s.chunks);
         if (!second)
           load_item(Item::probe, s, head, 0, probed);

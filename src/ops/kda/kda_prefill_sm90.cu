@@ -12,8 +12,8 @@ namespace kl::cuda {
 namespace {
 
 // Registers of a thread: 256 consumers and 256 others share 65536.
-constexpr int kConsumerRegisters = 152;
-constexpr int kOtherRegisters = 104;
+constexpr int kConsumerRegisters = 144;
+constexpr int kOtherRegisters = 112;
 
 template <int D, bool kGateF32>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -35,7 +35,13 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();  // the barriers are initialised
   release_next_kernel();
-  if (second) wait_for_previous_kernel();
+  if (second) {
+    wait_for_previous_kernel();
+    bool open = false;  // has a probe left a transition open?
+    const int items = count_segments(p) * p.heads;
+    for (int i = static_cast<int>(threadIdx.x); i < items; i += kBlockThreads) open |= p.progress[i] > 0;
+    if (!__syncthreads_or(open)) return;
+  }
   if (warp < kConsumerWarps) {
     registers_increase<kConsumerRegisters>();
     if (warp < D / 16) Consumer<D, kGateF32>(p, ring, warp).run();
@@ -60,11 +66,33 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
 }
 
+// Segments of a sequence of `chunks` chunks when there are `items` (sequence, head) pairs. With a strong gate
+// a cut costs next to nothing: as many as make the blocks' turns come out even. With a weak one it doubles
+// the work of the segment behind it: only as many as there are idle multiprocessors for. A wrong guess costs
+// time and nothing else.
+int64_t segments_per_sequence(int64_t items, int64_t chunks, bool strong) {
+  const int64_t blocks = current_device().multiprocessors;
+  if (!strong) return std::max<int64_t>(1, blocks / items);
+  constexpr int64_t kTurn = 4, kSplit = 12;  // chunks' worth of time: of a turn, of any split at all
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t n = 1; n <= 1 + blocks / 4 && (n == 1 || chunks / n >= kMinSegmentChunks); ++n) {
+    const int64_t turns = (items * n + blocks - 1) / blocks;
+    const int64_t cost = turns * ((chunks + n - 1) / n + kTurn) + (n > 1 ? kSplit : 0);
+    if (cost < least) best = n, least = cost;
+  }
+  return best;
+}
+
 // Chunks of a segment. Sequences are taken to be of one length; longer ones get more segments.
-int segment_chunks(int64_t T, int64_t N, int64_t heads, bool whole) {
+int segment_chunks(const KdaArgs& a, int64_t T, int64_t N, int64_t heads) {
+  if (a.checkpoint_row)
+    return INT_MAX / 2;  // the states inside a segment are known only where there is no cut
   const int64_t chunks = (T + kChunkTokens * N - 1) / (kChunkTokens * N);
-  const int64_t segments = current_device().multiprocessors / (N * heads);
-  if (whole || segments < 2) return INT_MAX / 2;
+  // Several sequences that fill the device are of several lengths: taking the longest first evens them out.
+  const bool strong = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1 &&
+                      (N == 1 || N * heads < current_device().multiprocessors);
+  const int64_t segments = segments_per_sequence(N * heads, chunks, strong);
+  if (segments < 2) return INT_MAX / 2;
   return static_cast<int>(std::max<int64_t>(kMinSegmentChunks, (chunks + segments - 1) / segments));
 }
 
@@ -76,7 +104,7 @@ struct Plan {
 Plan make_plan(const KdaArgs& a) {
   Plan plan{.T = a.v.size(0), .N = a.cu_seqlens.size(0) - 1, .heads = a.v.size(1), .D = a.q.size(2)};
   if (plan.N == 0) return plan;
-  plan.segment_chunks = segment_chunks(plan.T, plan.N, plan.heads, static_cast<bool>(a.checkpoint_row));
+  plan.segment_chunks = segment_chunks(a, plan.T, plan.N, plan.heads);
   const int64_t most = max_segments(plan.T, plan.N, plan.segment_chunks);
   plan.segments = most > plan.N ? most : 0;
   plan.workspace = prefill_workspace(plan.T, plan.heads, plan.D, plan.segments);

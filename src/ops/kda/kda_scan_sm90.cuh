@@ -65,13 +65,14 @@ class Consumer {
       return;
     }
     int left = first.chunks - first.chunk;
-    for (;; out += out_step) {
-      chunk<kValue>(left == 1, out, S);
+    for (;;) {
+      const int checkpoint = chunk<kValue>(left == 1, out, S);
+      out += out_step;
       const ChunkInfo& info = ring.info(turn.slot);
       const bool last = --left == 0;
       bool over = last;
       if (kValue) {
-        if (info.checkpoint >= 0) store_checkpoints(info, S);
+        if (checkpoint >= 0) store_checkpoints(info, S);
         if (last) end_value(info, S);
       } else {
         over = transition_over(info, S, last);
@@ -171,8 +172,9 @@ class Consumer {
 
   // ---- One chunk ----
 
+  // Returns the chunk's checkpoint.
   template <bool kValue>
-  KL_DEVICE void chunk(bool last, bf16* out, float* S) const {
+  KL_DEVICE int chunk(bool last, bf16* out, float* S) const {
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
     const int slot = __shfl_sync(0xffffffffu, turn.slot, 0);
     const uint32_t base = ring.slot(slot);
@@ -235,6 +237,7 @@ class Consumer {
     else
       wgmma_m64n64k16<1>(S, r, write);
     wgmma_commit();
+    const int checkpoint = kValue ? ring.info(slot).checkpoint : -1;
     wgmma_wait<0>();
     wgmma_pin<16>(RO);
     wgmma_pin<D / 2>(S);
@@ -248,6 +251,7 @@ class Consumer {
     const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
     if (!last || lane / 2 < ring.info(slot).rows) *reinterpret_cast<uint4*>(out) = eight;
     __syncwarp();
+    return checkpoint;
   }
 };
 

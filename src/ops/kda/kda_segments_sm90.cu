@@ -8,9 +8,10 @@ namespace kl::cuda {
 namespace {
 
 constexpr int kSlab = 16;  // value channels of a block of the chain
-constexpr int kChainThreads = 256;
+constexpr int kChainThreads =
+    256;  // at least the segments of a sequence: one for each multiprocessor, and one
 constexpr int kApplyThreads = 256;
-constexpr int kApplyTokens = 1024;  // of a block; a warp takes 16 at a time
+constexpr int kApplyTokens = 512;  // of a block
 
 // Segments of sequence n; the number of the first one, by a whole warp.
 KL_DEVICE Segment find_sequence(const PrefillParams& p, int n) {
@@ -28,66 +29,87 @@ KL_DEVICE Segment find_sequence(const PrefillParams& p, int n) {
 }
 
 // carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ...; the last one is the final state. A block has
-// kSlab rows (value channels), which nobody else reads.
+// kSlab rows (value channels), which nobody else reads. The next M is on its way while one is multiplied
+// with.
 template <int D>
 __global__ void __launch_bounds__(kChainThreads) chain_kernel(const __grid_constant__ PrefillParams p) {
   constexpr int kRows = kSlab / (kChainThreads / D);  // of a thread; it has one key channel
+  constexpr uint32_t kMatrixBytes = D * D * sizeof(float);
+  extern __shared__ __align__(128) float matrices[];  // [2][D (k before)][D (k)]
   __shared__ __align__(16) float state[kSlab][D + 4];
+  __shared__ int progress[kChainThreads];
+  __shared__ uint64_t barriers[2];
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto bar = [&](int buffer) { return smem_address(barriers + buffer); };
+  if (thread == 0) {
+    mbarrier_init(bar(0), 1), mbarrier_init(bar(1), 1);
+    fence_barrier_init();
+  }
   wait_for_previous_kernel();
   release_next_kernel();
   const int n = static_cast<int>(blockIdx.x) / p.heads, head = static_cast<int>(blockIdx.x) % p.heads;
   const Segment s = find_sequence(p, n);
   if (s.count == 1) return;  // its final state is written already
-  const int v0 = static_cast<int>(blockIdx.y) * kSlab, k = static_cast<int>(threadIdx.x) % D;
-  const int row0 = static_cast<int>(threadIdx.x) / D * kRows;
+  if (thread < s.count) progress[thread] = p.progress[(s.id + thread) * p.heads + head];
+  __syncthreads();  // the barriers and `progress` are there
+
+  const int v0 = static_cast<int>(blockIdx.y) * kSlab, k = thread % D, row0 = thread / D * kRows;
   const auto matrix = [&](int j) { return (static_cast<int64_t>(s.id + j) * p.heads + head) * D * D; };
-  bool in_shared = false;  // carried[j - 1]
+  const auto slab = [&](int j) { return p.carried + matrix(j) + static_cast<int64_t>(v0 + row0) * D + k; };
+  const auto next_open = [&](int j) {  // the first segment from j on whose transition counts
+    while (j < s.count && progress[j] < 0) ++j;
+    return j;
+  };
+  const auto load = [&](int j, int buffer) {
+    if (thread != 0 || j >= s.count) return;
+    mbarrier_arrive_expect_tx(bar(buffer), kMatrixBytes);
+    bulk_load(smem_address(matrices + buffer * D * D), p.transition + matrix(j), kMatrixBytes, bar(buffer));
+  };
+
   float x[kRows];
-  for (int j = 1; j < s.count; ++j) {
-    const bool last = j + 1 == s.count;
-    const bool negligible = p.progress[(s.id + j) * p.heads + head] < 0;
-    if (negligible && !last) {
-      in_shared = false;
-      continue;
+  int held = 0;  // whose state `state` holds; 0: nobody's yet
+  int open = next_open(1);
+  load(open, 0);
+  for (int use = 0; open < s.count; ++use) {
+    const int following = next_open(open + 1);
+    load(following, (use + 1) % 2);
+    const float* before = slab(open - 1);
+    float* own = slab(open);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = own[r * D];
+      if (held != open - 1 || held == 0) state[row0 + r][k] = before[r * D];
     }
-    float* own = p.carried + matrix(j) + static_cast<int64_t>(v0 + row0) * D + k;
+    __syncthreads();  // the state before is there
+    mbarrier_wait(bar(use % 2), use / 2 % 2);
+    const float* M = matrices + use % 2 * D * D + k;
+#pragma unroll 8
+    for (int i = 0; i < D; i += 4) {
+      const float m[4] = {M[i * D], M[(i + 1) * D], M[(i + 2) * D], M[(i + 3) * D]};
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) x[r] = own[r * D];
-    if (!negligible) {
-      if (!in_shared) {
-        const float* before = p.carried + matrix(j - 1) + static_cast<int64_t>(v0 + row0) * D + k;
-        __syncthreads();  // nobody still reads the state before that
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) state[row0 + r][k] = before[r * D];
-        __syncthreads();  // the state is there
+      for (int r = 0; r < kRows; ++r) {
+        const float4 four = *reinterpret_cast<const float4*>(&state[row0 + r][i]);
+        x[r] = fmaf(four.x, m[0], fmaf(four.y, m[1], fmaf(four.z, m[2], fmaf(four.w, m[3], x[r]))));
       }
-      const float* M = p.transition + matrix(j) + k;
-#pragma unroll 4
-      for (int i = 0; i < D; i += 4) {
-        const float m[4] = {M[i * D], M[(i + 1) * D], M[(i + 2) * D], M[(i + 3) * D]};
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float4 four = *reinterpret_cast<const float4*>(&state[row0 + r][i]);
-          x[r] = fmaf(four.x, m[0], fmaf(four.y, m[1], fmaf(four.z, m[2], fmaf(four.w, m[3], x[r]))));
-        }
-      }
-      __syncthreads();  // the old state has been read
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) state[row0 + r][k] = x[r], own[r * D] = x[r];
-      __syncthreads();  // the new one is there
-      in_shared = true;
     }
+    __syncthreads();  // the state before and M have been read
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) state[row0 + r][k] = x[r], own[r * D] = x[r];
+    held = open;
+    open = following;
   }
   if (p.slot == nullptr) return;
   const int slot = (p.slot_out != nullptr ? p.slot_out : p.slot)[n];
   if (slot < 0) return;
-  const StatePlace place = state_place(p, slot, head);
-  __syncthreads();  // nobody still reads the state before
+  if (held != s.count - 1) {
+    const float* last = slab(s.count - 1);
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) state[row0 + r][k] = x[r];
+    for (int r = 0; r < kRows; ++r) state[row0 + r][k] = last[r * D];
+  }
   __syncthreads();  // the final state is there
+  const StatePlace place = state_place(p, slot, head);
   // Neighbours in the pool to neighbouring threads.
-  for (int i = static_cast<int>(threadIdx.x); i < kSlab * D; i += kChainThreads) {
+  for (int i = thread; i < kSlab * D; i += kChainThreads) {
     const int v = p.state_v_first ? i / D : i % kSlab, key = p.state_v_first ? i % D : i / kSlab;
     store_element(place.pool, place.base + key * place.k_stride + (v0 + v) * place.v_stride, state[v][key]);
   }
@@ -110,33 +132,45 @@ __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const __grid_const
   if (begin >= end) return;
 
   const float* before = p.carried + (static_cast<int64_t>(s.id - 1) * p.heads + head) * D * D;
-  for (int i = static_cast<int>(threadIdx.x); i < D * D / 4; i += kApplyThreads)
-    store4(state + i / (D / 4) * kRow + i % (D / 4) * 4, load4(before + 4 * i));
+#pragma unroll
+  for (int i = 0; i < D * D / 4 / kApplyThreads; ++i) {
+    const int four = i * kApplyThreads + static_cast<int>(threadIdx.x);
+    store4(state + four / (D / 4) * kRow + four % (D / 4) * 4, load4(before + 4 * four));
+  }
   __syncthreads();  // the state is there
 
+  // Four warps share 16 tokens; each has a quarter of the value channels.
+  constexpr int kQuarter = D / 4;
   const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+  const int quarter = static_cast<int>(threadIdx.x) / 32 % 4;
   const bf16* queries = static_cast<const bf16*>(p.queries);
   bf16* out = static_cast<bf16*>(p.out.data);
   const int64_t stop = min(end, begin + kApplyTokens);
-  for (int64_t token = begin + threadIdx.x / 32 * 16; token < stop; token += kApplyThreads / 2) {
+  for (int64_t token = begin + threadIdx.x / 128 * 16; token < stop; token += kApplyThreads / 8) {
     uint32_t a[D / 16][4];
+    float4 old[2][kQuarter / 16];
     bool valid[2];
+    bf16* to[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = token + g + 8 * half;
       valid[half] = row < stop;
       const bf16* q = queries + (row * p.heads + head) * D + 2 * t;
+      to[half] = out + offset_of(p.out, row, head) + quarter * kQuarter + 4 * t;
 #pragma unroll
       for (int step = 0; step < D / 16; ++step) {
         a[step][half] = valid[half] ? *reinterpret_cast<const uint32_t*>(q + 16 * step) : 0;
         a[step][half + 2] = valid[half] ? *reinterpret_cast<const uint32_t*>(q + 16 * step + 8) : 0;
       }
+#pragma unroll
+      for (int c = 0; c < kQuarter / 16; ++c)
+        if (valid[half]) old[half][c] = load4(to[half] + 16 * c);
     }
     // Value channels 16 c + 4 t to 16 c + 4 t + 3 belong to a lane: columns 2t, 2t + 1 of two tiles.
-#pragma unroll 2
-    for (int c = 0; c < D / 16; ++c) {
+#pragma unroll
+    for (int c = 0; c < kQuarter / 16; ++c) {
       float d[2][4] = {};
-      const int v = 16 * c + 4 * (lane % 8 / 2) + lane % 2 + lane / 16 * 2;
+      const int v = quarter * kQuarter + 16 * c + 4 * (lane % 8 / 2) + lane % 2 + lane / 16 * 2;
       const uint32_t row = smem_address(state + v * kRow) + lane / 8 % 2 * 16;
 #pragma unroll
       for (int step = 0; step < D / 16; ++step) {
@@ -147,11 +181,10 @@ __global__ void __launch_bounds__(kApplyThreads) apply_kernel(const __grid_const
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        if (!valid[half]) continue;
-        bf16* to = out + offset_of(p.out, token + g + 8 * half, head) + 16 * c + 4 * t;
-        const float4 old = load4(to);
-        store4(to, float4{old.x + d[0][2 * half], old.y + d[0][2 * half + 1], old.z + d[1][2 * half],
-                          old.w + d[1][2 * half + 1]});
+        const float4 x = old[half][c];
+        if (valid[half])
+          store4(to[half] + 16 * c, float4{x.x + d[0][2 * half], x.y + d[0][2 * half + 1],
+                                           x.z + d[1][2 * half], x.w + d[1][2 * half + 1]});
       }
     }
   }
@@ -164,7 +197,9 @@ void chain_segments(const PrefillParams& p, int64_t D, int64_t segments, int64_t
   const LaunchConfig chain{
       .grid = {static_cast<unsigned>(p.sequences) * heads, static_cast<unsigned>(D / kSlab)},
       .block = kChainThreads,
-      .stream = stream};
+      .smem = static_cast<size_t>(2 * D * D) * sizeof(float),
+      .stream = stream,
+      .overlap_previous = true};
   const int64_t longest = std::min<int64_t>(T, static_cast<int64_t>(p.segment_chunks) * kChunkTokens);
   const LaunchConfig apply{.grid = {static_cast<unsigned>(segments) * heads,
                                     static_cast<unsigned>((longest + kApplyTokens - 1) / kApplyTokens)},
