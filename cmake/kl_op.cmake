@@ -93,6 +93,7 @@ function(kl_folder folder)
     add_library(${target}_test_objects OBJECT ${test_sources})
     target_link_libraries(${target}_test_objects PRIVATE ${target} kl_testing GTest::gtest rapidcheck rapidcheck_gtest)
     target_compile_definitions(${target}_test_objects PRIVATE KL_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+    target_compile_options(${target}_test_objects PRIVATE -O1)  # a third less time to build than with -O2
     set_property(GLOBAL APPEND PROPERTY KL_TEST_OBJECTS ${target}_test_objects)
     set_property(GLOBAL APPEND PROPERTY KL_TEST_FOLDERS ${target})
     add_executable(${name}_tests EXCLUDE_FROM_ALL $<TARGET_OBJECTS:${target}_test_objects>)

@@ -512,7 +512,10 @@ class Chat(unittest.TestCase):
         self.assertIn("/nonsense", result.stderr)
 
     def test_terminal_ctrl_c_stops_the_answer_only(self):
-        pid, terminal = pty.fork()
+        try:
+            pid, terminal = pty.fork()
+        except OSError as error:  # a bare chroot has no /dev/pts
+            self.skipTest(f"no pseudo-terminal here: {error}")
         if pid == 0:
             os.environ["HOME"] = os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp()
             os.environ["TERM"] = "xterm"

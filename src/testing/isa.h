@@ -11,7 +11,7 @@ namespace kl::testing {
 
 template <class F>
 void for_each_isa(F&& body) {
-  for (const Isa isa : {Isa::generic, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : kIsas) {
     if (!isa_supported(isa)) continue;
     SCOPED_TRACE(std::string(name_of(isa)));
     force_isa(isa);
