@@ -5,11 +5,11 @@
 // two heads of 64. Roles of its warps:
 //
 //   loader (1 thread)    index tables -> bulk load of the item's state into a free slot
-//   preparers (2 warps)  q, k, g, beta, v of the tokens ahead (fused step: through their convolutions) ->
-//   operands
-//                        in shared memory, a stage per token
-//   steppers (8 warps)   16 value channels each: state from the slot to registers, the steps, back into the
-//   slot storer (1 thread)    bulk store of finished slots, then the slot is free
+//   preparers (2 warps)  operands of the tokens ahead -> shared memory, a stage per token;
+//                        in the fused step through their convolutions
+//   steppers (8 warps)   16 value channels each: state from the slot to registers, the steps, back
+//   storer (1 warp)      bulk store of finished slots, then the slot is free;
+//                        in the fused step also norm and gate of the outputs
 //
 // Barriers, each with the write that it makes visible:
 //   loaded[slot]    copy engine's state and the loader's `work`  -> steppers, storer

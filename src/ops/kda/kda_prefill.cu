@@ -7,10 +7,12 @@
 // 16 of them as a transposed state S[v][k] in accumulator registers, which are also the left operand of the
 // products with the state. With G the sums of log2-decays inside the chunk (spec of the recurrence: kda.h):
 //
-//   L_ij = beta_i Σ_k k_i k_j 2^(G_i - G_j), j < i      A_ij = scale Σ_k q_i k_j 2^(G_i - G_j), j <= i
+//   L_ij = beta_i Σ_k k_i k_j 2^(G_i - G_j), j < i
+//   A_ij = scale Σ_k q_i k_j 2^(G_i - G_j), j <= i
 //   W_i = S (k_i 2^G_i)        Q_i = scale S (q_i 2^G_i)
-//   delta_i = beta_i (v_i - W_i) - Σ_{j<i} L_ij delta_j          by substitution in f32, a thread per value
-//   channel o_i = Q_i + Σ_{j<=i} A_ij delta_j S <- S 2^G_15 + Σ_i delta_i (k_i 2^(G_15 - G_i))ᵀ
+//   delta_i = beta_i (v_i - W_i) - Σ_{j<i} L_ij delta_j     by substitution in f32
+//   o_i = Q_i + Σ_{j<=i} A_ij delta_j
+//   S <- S 2^G_15 + Σ_i delta_i (k_i 2^(G_15 - G_i))ᵀ
 //
 // Every power is of a sum that is not positive: nothing overflows for any gate, and what underflows is really
 // 0. A log2-decay is held at -150 first, where 2^x is 0 in f32 already: so that sums stay finite and

@@ -5,8 +5,8 @@
 // channels P vg + p (p < P). With both products taken from the decayed state before the update, one pass is
 // enough:
 //
-//   S~ = Diag(a) S     u = S~ᵀ k     y = S~ᵀ q     delta = beta (v - u)     o = y + (kᵀ q) delta     S = S~ +
-//   k deltaᵀ
+//   S~ = Diag(a) S        u = S~ᵀ k             y = S~ᵀ q
+//   delta = beta (v - u)  o = y + (kᵀ q) delta  S = S~ + k deltaᵀ
 #pragma once
 
 #include "cuda/reduce.cuh"
