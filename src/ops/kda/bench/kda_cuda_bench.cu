@@ -252,6 +252,48 @@ bool check(const Case& c) {
   return good;
 }
 
+// A state written at a checkpoint has the bits of the final state of the sequence cut off there; what is not
+// written to keeps its bits; negative slots are left alone.
+bool check_slots() {
+  Problem p({"slots and checkpoints", {480}, 128, 128, 128, Gate::softplus}, 7);
+  const int64_t H = 128, D = 128;
+  DeviceTensor pools[3];  // whole, cut off, negative
+  std::vector<double> states[3], before;
+  for (int i = 0; i < 3; ++i) {
+    pools[i] = cuda::device_tensor(DType::f32, {4, H, D, D});
+    fill(pools[i].tensor, Fill::normal, 99, 0, 0.5);
+    std::vector<int32_t> from{i == 2 ? -1 : 0}, to{i == 2 ? -1 : 1}, rows{160, 320}, slots{2, 3};
+    const int64_t T = i == 1 ? 160 : 480;
+    std::vector<int64_t> cu{0, T};
+    const DeviceTensor slot = cuda::to_device(Tensor(from.data(), DType::i32, {1})),
+                       slot_out = cuda::to_device(Tensor(to.data(), DType::i32, {1})),
+                       row = cuda::to_device(Tensor(rows.data(), DType::i32, {2})),
+                       checkpoint = cuda::to_device(Tensor(slots.data(), DType::i32, {2})),
+                       ends = cuda::to_device(Tensor(cu.data(), DType::i64, {2}));
+    KdaArgs a = p.args;
+    for (Tensor* t : {&a.q, &a.k, &a.v, &a.g, &a.beta, &a.out}) *t = t->slice(0, 0, T);
+    a.cu_seqlens = ends.tensor, a.state = pools[i].tensor, a.slot = slot.tensor, a.slot_out = slot_out.tensor;
+    if (i == 0)
+      a.checkpoint_row = row.tensor, a.checkpoint_slot = checkpoint.tensor, before = floats(pools[0].tensor);
+    const DeviceTensor workspace = cuda::device_tensor(DType::u8, {cuda::kda_prefill_sm90_workspace(a)});
+    a.workspace = workspace.tensor;
+    Ctx ctx;
+    ctx.device = Device::cuda;
+    cuda::kda_prefill_sm90(ctx, a);
+    KL_CUDA_CHECK(cudaDeviceSynchronize(), "slots and checkpoints");
+    states[i] = floats(pools[i].tensor);
+  }
+  const int64_t one = H * D * D;
+  const auto same = [&](const std::vector<double>& x, int i, const std::vector<double>& y, int j, int count) {
+    return std::equal(x.begin() + i * one, x.begin() + (i + count) * one, y.begin() + j * one);
+  };
+  const bool good = same(states[0], 2, states[1], 1, 1) && same(states[0], 0, before, 0, 1) &&
+                    !same(states[0], 1, before, 1, 1) && !same(states[0], 3, before, 3, 1) &&
+                    same(states[1], 2, before, 2, 2) && same(states[2], 0, before, 0, 4);
+  std::printf("%-44s %s\n", "slots, slot_out, checkpoints, by bits", good ? "ok" : "FAILED");
+  return good;
+}
+
 // ---- Times ----
 
 struct Timing {
@@ -369,9 +411,11 @@ int run(const std::string& mode, const std::string& only) {
     return only.empty() || name.find(only) != std::string::npos;
   };
   int failed = 0;
-  if (mode != "time")
+  if (mode != "time") {
     for (const Case& c : checks())
       if (wanted(c.name)) failed += !check(c);
+    if (wanted("slots and checkpoints")) failed += !check_slots();
+  }
   if (mode != "check") {
     double logs[3] = {};
     std::printf("%-18s %8s %8s | ms: %10s %10s %10s | GB/s (bounded) | must  aim\n", "shape", "GB", "",
