@@ -72,7 +72,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 // time and nothing else.
 int64_t segments_per_sequence(int64_t items, int64_t chunks, bool strong) {
   const int64_t blocks = current_device().multiprocessors;
-  if (!strong) return std::max<int64_t>(1, blocks / items);
+  // Two would at best break even: twice the work at twice the width, and the joining of the segments.
+  if (!strong) return blocks / items > 2 ? blocks / items : 1;
   constexpr int64_t kTurn = 4, kSplit = 12;  // chunks' worth of time: of a turn, of any split at all
   int64_t best = 1, least = INT64_MAX;
   for (int64_t n = 1; n <= 1 + blocks / 4 && (n == 1 || chunks / n >= kMinSegmentChunks); ++n) {
