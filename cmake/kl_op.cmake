@@ -5,7 +5,6 @@
 #   x.cu                CUDA, for the portable list KL_CUDA_ARCHS
 #   x_sm90.cu           CUDA, for sm_90a only
 #   x_test.cc           into kl_tests, and into <folder>_tests (not built by default; quick to build for one folder)
-#   x_bench.cc          into kl_bench
 #   x_cuda_bench.cc     a program of its own, x_cuda_bench (not built by default), to be carried to a GPU machine
 #
 # kl_folder(ops/kda DEPENDS base simd LIBRARIES foo::foo) makes the target kl_ops_kda.
