@@ -193,9 +193,11 @@ std::vector<int32_t> random_ids(const TinyModel& m, int least, int most) {
   return *rc::gen::container<std::vector<int32_t>>(n, rc::gen::inRange(0, m.vocab_size));
 }
 
-// Small random models can amplify rounding (a norm of a nearly zero row, two experts within rounding of each
-// other); the tolerance is that of f32 through five layers, and a router tie shows as an outlier that the
-// property discards.
+// Where a router decides within rounding, f32 and f64 (or two orders of f32 sums) may rightly differ in a
+// whole expert: such a case says nothing and is discarded. Scores are of the order of 0.1 and off by about
+// 1e-7.
+constexpr double kTooClose = 1e-5;
+
 RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
   const TinyModel shape = random_shape();
   const auto tensors = testing::tiny_tensors(shape);
@@ -209,8 +211,9 @@ RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
     const std::vector<double> row = plain.step(id);
     expected.insert(expected.end(), row.begin(), row.end());
   }
+  RC_PRE(plain.closest_choice() > kTooClose);
   const std::vector<double> ours = runner.all_logits(runner.state.open(), ids);
-  RC_ASSERT(rel_rms(ours, expected) < 1e-4);
+  RC_ASSERT(rel_rms(ours, expected) < 1e-4);  // f32 through five layers of badly scaled sizes
 }
 
 RC_GTEST_PROP(Model, AnySplitGivesTheSameLogits, ()) {
@@ -220,6 +223,9 @@ RC_GTEST_PROP(Model, AnySplitGivesTheSameLogits, ()) {
   const Model model = write_and_load(folder.path(), shape, tensors);
   const std::vector<int32_t> ids = random_ids(shape, 2, 90);
   const auto pieces = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(1, 40));
+  testing::PlainModel plain(shape, tensors);
+  for (const int32_t id : ids) plain.step(id);
+  RC_PRE(plain.closest_choice() > kTooClose);
   Runner runner(model, 2);
   const std::vector<double> whole = runner.all_logits(runner.state.open(), ids);
   RC_ASSERT(rel_rms(runner.all_logits(runner.state.open(), ids, pieces), whole) < 5 * kSplitTolerance);

@@ -43,6 +43,10 @@ class PlainModel {
     return multiply(at(m_.tie ? "model.embed_tokens.weight" : "lm_head.weight"), h);
   }
 
+  // The closest decision of a router so far: score of the last one chosen less that of the first one passed
+  // over, among groups or experts. Within rounding of 0 another implementation may rightly choose otherwise.
+  double closest_choice() const { return closest_choice_; }
+
  private:
   struct LayerState {
     std::map<char, std::vector<Vector>> inputs;  // of the convolutions
@@ -169,7 +173,7 @@ class PlainModel {
     return ffn(at(p + "gate_proj.weight"), at(p + "up_proj.weight"), at(p + "down_proj.weight"), x);
   }
 
-  Vector moe(const std::string& prefix, const Vector& x) const {
+  Vector moe(const std::string& prefix, const Vector& x) {
     const size_t E = static_cast<size_t>(m_.experts), G = static_cast<size_t>(m_.groups), per = E / G;
     Vector s = project(prefix + "gate", x);
     if (m_.router == "softmax") {
@@ -189,12 +193,14 @@ class PlainModel {
       groups.push_back({-(scores[0] + (per > 1 ? scores[1] : 0)), g});
     }
     std::sort(groups.begin(), groups.end());
+    note_choice(groups, static_cast<size_t>(m_.topk_group));
     std::vector<std::pair<double, size_t>> candidates;
     for (int g = 0; g < m_.topk_group; ++g) {
       for (size_t e = groups[static_cast<size_t>(g)].second * per, end = e + per; e < end; ++e)
         candidates.push_back({-choice[e], e});
     }
     std::sort(candidates.begin(), candidates.end());
+    note_choice(candidates, static_cast<size_t>(m_.top_k));
     candidates.resize(static_cast<size_t>(m_.top_k));
     double sum = 0;
     for (const auto& [score, e] : candidates) sum += s[e];
@@ -209,6 +215,13 @@ class PlainModel {
     return y;
   }
 
+  void note_choice(const std::vector<std::pair<double, size_t>>& sorted, size_t chosen) {
+    if (chosen < sorted.size()) {
+      closest_choice_ = std::min(closest_choice_, sorted[chosen].first - sorted[chosen - 1].first);
+    }
+  }
+
+  double closest_choice_ = 1;
   TinyModel m_;
   std::map<std::string, Vector> values_;
   std::vector<LayerState> layers_;
