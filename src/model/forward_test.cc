@@ -198,6 +198,19 @@ std::vector<int32_t> random_ids(const TinyModel& m, int least, int most) {
 // 1e-7.
 constexpr double kTooClose = 1e-5;
 
+// What two f32 computations of these logits may differ by. Some random shapes amplify rounding without
+// limit: the norm of a head of one channel, say, whose value happens to cancel to almost nothing. How much a
+// case amplifies is measured: by the change that roundings of the weights alone (2^-24 of each) make in f64.
+// Of 24,000 random cases the worst that was off by more than 1e-5 was off by 4 times that change.
+constexpr double kRoundings = 64;
+double allowed(const TinyModel& shape, const std::map<std::string, OwnedTensor>& tensors,
+               const std::vector<int32_t>& ids, const std::vector<double>& exact) {
+  double change = 0;
+  for (const uint64_t seed : {1, 2, 3})
+    change = std::max(change, rel_rms(testing::PlainModel(shape, tensors, 0x1p-24, seed).run(ids), exact));
+  return std::max(1e-5, kRoundings * change);
+}
+
 RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
   const TinyModel shape = random_shape();
   const auto tensors = testing::tiny_tensors(shape);
@@ -206,14 +219,10 @@ RC_GTEST_PROP(Model, AnyShapeMatchesThePlainModel, ()) {
   const std::vector<int32_t> ids = random_ids(shape, 1, 40);
   Runner runner(model);
   testing::PlainModel plain(shape, tensors);
-  std::vector<double> expected;
-  for (const int32_t id : ids) {
-    const std::vector<double> row = plain.step(id);
-    expected.insert(expected.end(), row.begin(), row.end());
-  }
+  const std::vector<double> expected = plain.run(ids);
   RC_PRE(plain.closest_choice() > kTooClose);
   const std::vector<double> ours = runner.all_logits(runner.state.open(), ids);
-  RC_ASSERT(rel_rms(ours, expected) < 1e-4);  // f32 through five layers of badly scaled sizes
+  RC_ASSERT(rel_rms(ours, expected) < allowed(shape, tensors, ids, expected));
 }
 
 RC_GTEST_PROP(Model, AnySplitGivesTheSameLogits, ()) {
@@ -224,11 +233,12 @@ RC_GTEST_PROP(Model, AnySplitGivesTheSameLogits, ()) {
   const std::vector<int32_t> ids = random_ids(shape, 2, 90);
   const auto pieces = *rc::gen::container<std::vector<size_t>>(rc::gen::inRange<size_t>(1, 40));
   testing::PlainModel plain(shape, tensors);
-  for (const int32_t id : ids) plain.step(id);
+  const std::vector<double> exact = plain.run(ids);
   RC_PRE(plain.closest_choice() > kTooClose);
   Runner runner(model, 2);
   const std::vector<double> whole = runner.all_logits(runner.state.open(), ids);
-  RC_ASSERT(rel_rms(runner.all_logits(runner.state.open(), ids, pieces), whole) < 5 * kSplitTolerance);
+  const std::vector<double> split = runner.all_logits(runner.state.open(), ids, pieces);
+  RC_ASSERT(rel_rms(split, whole) < allowed(shape, tensors, ids, exact));
 }
 
 TEST(Model, DemoSplitAnywhere) {

@@ -18,9 +18,27 @@ class PlainModel {
  public:
   using Vector = std::vector<double>;
 
-  PlainModel(const TinyModel& shape, const std::map<std::string, OwnedTensor>& tensors) : m_(shape) {
-    for (const auto& [name, t] : tensors) values_[name] = to_doubles(t.tensor);
+  // With `noise`, every weight is off by a random part of about that size.
+  PlainModel(const TinyModel& shape, const std::map<std::string, OwnedTensor>& tensors, double noise = 0,
+             uint64_t seed = 1)
+      : m_(shape) {
+    Random random(seed);
+    for (const auto& [name, t] : tensors) {
+      Vector& values = values_[name] = to_doubles(t.tensor);
+      if (noise > 0)
+        for (double& x : values) x *= 1 + noise * random.normal();
+    }
     layers_.resize(m_.layers.size());
+  }
+
+  // Logits after each of the tokens.
+  Vector run(const std::vector<int32_t>& ids) {
+    Vector rows;
+    for (const int32_t id : ids) {
+      const Vector row = step(id);
+      rows.insert(rows.end(), row.begin(), row.end());
+    }
+    return rows;
   }
 
   // Logits after one more token.
