@@ -15,12 +15,13 @@
 namespace kl::app {
 
 struct ModelOptions {
-  std::string model;               // -m: a directory or a repository id of the Hugging Face cache
-  int threads = 0;                 // -t; 0: all
-  int64_t context = 0;             // -c; 0: the model's, at most 32768
-  int batch = 512;                 // -b: prompt tokens at a time
-  std::string cache_type = "f32";  // of the latent cache: f32 or bf16
-  std::string isa;                 // "": the best that this machine has
+  std::string model;                // -m: a directory or a repository id of the Hugging Face cache
+  int threads = 0;                  // -t; 0: all
+  int64_t context = 0;              // -c; 0: the model's, at most 32768
+  int batch = 512;                  // -b: prompt tokens at a time
+  std::string cache_type = "f32";   // of the latent cache: f32 or bf16
+  std::string precision = "exact";  // of products with weights: exact or bf16
+  std::string isa;                  // "": the best that this machine has
   bool hf_compat_router = false;
   std::optional<float> kv_a_layernorm_eps;
 };
@@ -83,7 +84,7 @@ int logits(const LogitsOptions&);
 struct VerifyOptions {
   ModelOptions model;
   int tokens = 256, steps = 16;
-  double tolerance = 1e-4;
+  std::optional<double> tolerance;  // of chunked = whole; absent: 1e-4, with precision bf16 3e-2
   uint64_t seed = 1;
 };
 int verify(const VerifyOptions&);

@@ -64,7 +64,8 @@ EngineOptions engine_options(const ModelOptions& options) {
   return {.threads = options.threads,
           .context = options.context,
           .prefill_chunk = options.batch,
-          .latent_dtype = options.cache_type == "bf16" ? DType::bf16 : DType::f32};
+          .latent_dtype = options.cache_type == "bf16" ? DType::bf16 : DType::f32,
+          .precision = options.precision == "bf16" ? Precision::bf16 : Precision::exact};
 }
 
 std::unique_ptr<Engine> open_engine(const ModelOptions& options) {

@@ -21,6 +21,11 @@ void computing_flags(CLI::App* command, ModelOptions& o) {
       ->check(CLI::Range(1, 1 << 20));
   command->add_option("--cache-type,--kv-cache-dtype", o.cache_type, "latent cache: f32 or bf16")
       ->check(CLI::IsMember({"f32", "bf16"}));
+  command
+      ->add_option("--precision", o.precision,
+                   "activations in products with bf16 weights: exact, or bf16, which is faster where the "
+                   "processor multiplies bf16 itself (default exact)")
+      ->check(CLI::IsMember({"exact", "bf16"}));
   command->add_option(
       "--isa", o.isa,
       "instruction set: generic, avx2, avx512 or avx512_bf16 (default: the best of this machine)");

@@ -5,6 +5,7 @@
 //   batched = alone   sequences computed together: the same bits as each by itself
 //   saved = kept      a session written to disk and read by another engine: the same bits
 //   threads = one     any number of threads: the same bits
+//   rounded = exact   with --precision bf16: what rounding the activations costs
 #include <unistd.h>
 
 #include <algorithm>
@@ -23,6 +24,10 @@ namespace {
 
 using Ids = std::span<const int32_t>;
 using Rows = std::vector<std::vector<float>>;  // logits after a prompt and after each token behind it
+
+// Logits of the shipped model move by 2e-3 to 4e-2 where activations are rounded to bf16, half of them by
+// less than 4e-3; the perplexity moves by 2e-4 of itself.
+constexpr double kRoundedTolerance = 3e-2;
 
 void add_row(Rows& rows, const Session& session) {
   rows.emplace_back(session.logits().begin(), session.logits().end());
@@ -165,6 +170,17 @@ class Verification {
     return compare(found, expected);
   }
 
+  Difference rounded_and_exact() {
+    Rows rows[2];
+    for (const int i : {0, 1}) {
+      Engine e = engine([&](EngineOptions& o) { o.precision = i == 0 ? Precision::bf16 : Precision::exact; });
+      Session session(e);
+      feed(session, prompt_);
+      follow(session, rows[i]);
+    }
+    return compare(rows[0], rows[1]);
+  }
+
   Difference threads_and_one() {
     Rows rows[2];
     for (const int i : {0, 1}) {
@@ -247,19 +263,25 @@ int verify(const VerifyOptions& options) {
   const Ids all(ids);
   Verification v(options, model, all.first(static_cast<size_t>(prompt)),
                  all.subspan(static_cast<size_t>(prompt)));
-  const struct {
+  // Rounded activations: a last bit of f32 may round one to the other neighbour, 2^-8 away.
+  const bool rounded = options.model.precision == "bf16";
+  const double split = options.tolerance.value_or(rounded ? kRoundedTolerance : 1e-4);
+  struct Check {
     const char* name;
     Difference (Verification::*run)();
     double tolerance, prompts, rests;
-  } checks[] = {{"warm = cold", &Verification::warm_and_cold, 0, 4, 2},
-                {"chunked = whole", &Verification::chunked_and_whole, options.tolerance, 4, 4},
-                {"batched = alone", &Verification::batched_and_alone, 0, 5.7, 8},
-                {"saved = kept", &Verification::saved_and_kept, 0, 1, 2},
-                {"threads = one", &Verification::threads_and_one, 0, 2, 2}};
+  };
+  std::vector<Check> checks = {{"warm = cold", &Verification::warm_and_cold, 0, 4, 2},
+                               {"chunked = whole", &Verification::chunked_and_whole, split, 4, 4},
+                               {"batched = alone", &Verification::batched_and_alone, 0, 5.7, 8},
+                               {"saved = kept", &Verification::saved_and_kept, 0, 1, 2},
+                               {"threads = one", &Verification::threads_and_one, 0, 2, 2}};
+  if (rounded)
+    checks.push_back({"rounded = exact", &Verification::rounded_and_exact, kRoundedTolerance, 2, 2});
   print(cat("Logits after ", prompt, " tokens of ", tokenizer ? "text" : "random ids", " and after each of ",
             rest, " that follow\n"));
   bool good = true;
-  for (const auto& check : checks) {
+  for (const Check& check : checks) {
     good &= report(check.name, v.run(check.run, check.name, check.prompts, check.rests), check.tolerance);
   }
   return good ? 0 : 1;

@@ -47,6 +47,7 @@ void Engine::step(std::span<const Feed> feeds, const ForwardOptions& forward_opt
   if (feeds.empty()) return;
   Ctx ctx;
   ctx.pool = &pool_;
+  ctx.precision = options_.precision;
   const Tensor logits = forward(ctx, *model_, batch, state_, arena_, forward_options);
   for (size_t n = 0; n < feeds.size(); ++n) {
     Session& s = *feeds[n].session;

@@ -20,6 +20,7 @@ struct EngineOptions {
   int sessions = 1;         // that can be open at once
   int prefill_chunk = 512;  // tokens of a prompt that go through the model at a time
   DType latent_dtype = DType::f32;
+  Precision precision = Precision::exact;  // of products with weights (base/context.h)
 };
 
 class Session;
