@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/check.h"
+#include "simd/gemm_tiles.h"
 #include "simd/isa.h"
 
 namespace kl {
@@ -13,19 +14,22 @@ void pack_bf16(const float* x, int64_t ldx, int64_t m, int64_t k, bf16* packed);
 void gemm_nt_bf16(const GemmBf16&);
 }  // namespace avx512_bf16
 
-bool has_gemm_bf16() { return active_isa() == Isa::avx512_bf16; }
+bool has_gemm_bf16() { return active_isa() >= Isa::avx512_bf16; }
+int64_t bf16_group() { return active_isa() == Isa::amx ? kTileGroup : kBf16Rows; }
 
 void pack_bf16(const float* x, int64_t ldx, int64_t m, int64_t k, bf16* packed) {
   KL_CHECK(has_gemm_bf16(), "pack_bf16: expected avx512_bf16, found ", name_of(active_isa()));
+  if (active_isa() == Isa::amx) return avx512_bf16::pack_tiles(x, ldx, m, k, packed);
   avx512_bf16::pack_bf16(x, ldx, m, k, packed);
 }
 
 void gemm_nt_bf16(const GemmBf16& g) {
   KL_CHECK(has_gemm_bf16(), "gemm_nt_bf16: expected avx512_bf16, found ", name_of(active_isa()));
-  avx512_bf16::gemm_nt_bf16(g);
+  active_isa() == Isa::amx ? avx512_bf16::gemm_nt_tiles(g) : avx512_bf16::gemm_nt_bf16(g);
 }
 #else
 bool has_gemm_bf16() { return false; }
+int64_t bf16_group() { return kBf16Rows; }
 void pack_bf16(const float*, int64_t, int64_t, int64_t, bf16*) {
   KL_CHECK(false, "pack_bf16: this processor has no product of bf16");
 }

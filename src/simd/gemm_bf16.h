@@ -6,8 +6,9 @@
 // As with gemm_nt, an element's bits depend on its row of A, its row of B and k alone. Products are exact and
 // sums rounded to f32; numbers below 2^-126 count as zero.
 //
-// A is packed: groups of kBf16Rows rows, of each row kBf16Step elements at a time, then the next row of the
-// group. Rows and elements that fill up the last ones are zero.
+// A is packed in groups of bf16_group() rows, kBf16Step elements of k at a time; how, is the matter of the
+// back-end: dot products (gemm_bf16_cpu.cc) or AMX tiles (gemm_tiles.h). What fills up the last ones is zero.
+// A packed matrix is for the instruction set that was active when it was packed.
 #pragma once
 
 #include <cstdint>
@@ -16,15 +17,14 @@
 
 namespace kl {
 
-constexpr int64_t kBf16Rows = 4, kBf16Step = 32;
+constexpr int64_t kBf16Rows = 4, kBf16Step = 32;  // of the dot products: a group's rows; elements of a step
 
+int64_t bf16_group();  // rows that are packed together: 4 or 16
 constexpr int64_t packed_bf16_columns(int64_t k) { return (k + kBf16Step - 1) / kBf16Step * kBf16Step; }
-constexpr int64_t packed_bf16_rows(int64_t m) { return (m + kBf16Rows - 1) / kBf16Rows * kBf16Rows; }
-// Elements of a packed matrix; a matrix that begins at row i, a multiple of kBf16Rows, begins where a packed
-// one of i rows ends.
-constexpr int64_t packed_bf16_size(int64_t m, int64_t k) {
-  return packed_bf16_rows(m) * packed_bf16_columns(k);
-}
+inline int64_t packed_bf16_rows(int64_t m) { return (m + bf16_group() - 1) / bf16_group() * bf16_group(); }
+// Elements of a packed matrix; a matrix that begins at row i, a multiple of bf16_group(), begins where a
+// packed one of i rows ends.
+inline int64_t packed_bf16_size(int64_t m, int64_t k) { return packed_bf16_rows(m) * packed_bf16_columns(k); }
 
 struct GemmBf16 {
   const bf16* a;  // packed

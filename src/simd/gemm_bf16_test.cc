@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "simd/gemm_tiles.h"
 #include "simd/isa.h"
 #include "testing/compare.h"
 #include "testing/random.h"
@@ -17,13 +18,31 @@ namespace {
 
 using testing::Random;
 
+// A back-end of the product: its group of rows, the instruction set that it needs.
+struct Backend {
+  const char* name;
+  int64_t group;
+  Isa isa;
+  void (*pack)(const float*, int64_t, int64_t, int64_t, bf16*);
+  void (*multiply)(const GemmBf16&);
+};
+const Backend kBackends[] = {
+    {"plain_tiles", kTileGroup, Isa::generic, generic::pack_tiles, generic::gemm_nt_tiles},
+#if defined(__x86_64__)
+    {"avx2_plain_tiles", kTileGroup, Isa::avx2, avx2::pack_tiles, avx2::gemm_nt_tiles},
+#endif
+    {"dots", kBf16Rows, Isa::avx512_bf16, pack_bf16, gemm_nt_bf16},
+    {"tiles", kTileGroup, Isa::amx, pack_bf16, gemm_nt_bf16}};
+
 // Rows of b and c are longer than needed, with NaN where a kernel has no business.
 struct Product {
+  const Backend& backend;
   int64_t m, n, k;
   OwnedTensor a, b, c;
   std::vector<bf16> packed;
 
-  Product(int64_t m_, int64_t n_, int64_t k_, uint64_t seed = 1) : m(m_), n(n_), k(k_) {
+  Product(const Backend& b_, int64_t m_, int64_t n_, int64_t k_, uint64_t seed = 1)
+      : backend(b_), m(m_), n(n_), k(k_) {
     Random random(seed);
     a = testing::random_normal(DType::f32, {m, k + 3}, random);
     a.tensor = a.tensor.slice(1, 1, k + 1);
@@ -34,8 +53,9 @@ struct Product {
     packed = pack(0, m);
   }
   std::vector<bf16> pack(int64_t begin, int64_t end) const {
-    std::vector<bf16> p(static_cast<size_t>(packed_bf16_size(end - begin, k)), bf16(NAN));
-    pack_bf16(a.tensor.at<float>(begin), a.tensor.stride[0], end - begin, k, p.data());
+    const int64_t rows = (end - begin + backend.group - 1) / backend.group * backend.group;
+    std::vector<bf16> p(static_cast<size_t>(rows * packed_bf16_columns(k)), bf16(NAN));
+    backend.pack(a.tensor.at<float>(begin), a.tensor.stride[0], end - begin, k, p.data());
     return p;
   }
   GemmBf16 gemm(bool accumulate = false) const {
@@ -63,48 +83,55 @@ struct Product {
   }
 };
 
-class GemmBf16Test : public ::testing::Test {
+class GemmBf16Test : public ::testing::TestWithParam<Backend> {
  protected:
   void SetUp() override {
-    if (!has_gemm_bf16()) GTEST_SKIP() << "this processor has no product of bf16";
+    if (!isa_supported(GetParam().isa)) GTEST_SKIP() << "this processor has no " << name_of(GetParam().isa);
+    force_isa(GetParam().isa);
   }
+  void TearDown() override { force_isa(best_isa()); }
 };
 
-void expect_close(int64_t m, int64_t n, int64_t k) {
+void expect_close(const Backend& backend, int64_t m, int64_t n, int64_t k) {
+  // Both sides see the rounded A. Dots: sixteen sums of up to 2 · 129 roundings each, of partial sums of at
+  // most the result's size: 2^-25 · sqrt(258) = 4.8e-7. Tiles: one sum of k roundings.
+  const double tolerance =
+      backend.group == kBf16Rows ? 6e-7 : std::max(6e-7, 0x1p-25 * std::sqrt(static_cast<double>(k)));
   for (const bool accumulate : {false, true}) {
-    const Product p(m, n, k);
+    const Product p(backend, m, n, k);
     const auto expected = p.expected(accumulate);
     const Tensor c = p.c.tensor.slice(1, 0, n);
     if (!accumulate) testing::fill_nan(p.c.tensor);
-    gemm_nt_bf16(p.gemm(accumulate));
-    // Both sides see the rounded A. Sixteen sums of up to 2 · 129 roundings each, of partial sums of at most
-    // the result's size: 2^-25 · sqrt(258) = 4.8e-7.
-    ASSERT_LE(testing::rel_rms(testing::to_doubles(c), expected), 6e-7)
+    backend.multiply(p.gemm(accumulate));
+    ASSERT_LE(testing::rel_rms(testing::to_doubles(c), expected), tolerance)
         << m << " x " << n << " x " << k << " accumulate " << accumulate;
     for (int64_t i = 0; i < m; ++i)
       ASSERT_TRUE(std::isnan(*p.c.tensor.at<float>(i, n))) << "wrote behind row " << i;
   }
 }
 
-TEST_F(GemmBf16Test, MatchesTheDefinitionAroundItsTiles) {
+TEST_P(GemmBf16Test, MatchesTheDefinitionAroundItsTiles) {
   for (const int64_t m : {0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13})
-    for (const int64_t n : {0, 1, 3, 4, 5, 6, 7, 11, 12, 13, 49}) expect_close(m, n, 37);
+    for (const int64_t n : {0, 1, 3, 4, 5, 6, 7, 11, 12, 13, 49}) expect_close(GetParam(), m, n, 37);
+  for (const int64_t m : {15, 16, 17, 31, 32, 33, 127, 128, 129, 145})
+    for (const int64_t n : {15, 16, 17, 31, 32, 33, 65}) expect_close(GetParam(), m, n, 70);
 }
 
-TEST_F(GemmBf16Test, MatchesTheDefinitionAtEveryDepth) {
+TEST_P(GemmBf16Test, MatchesTheDefinitionAtEveryDepth) {
   for (const int64_t m : {1, 6, 10}) {
-    for (int64_t k = 0; k <= 66; ++k) expect_close(m, 7, k);
-    for (const int64_t k : {2047, 2048, 2049, 4096, 4127}) expect_close(m, 7, k);
+    for (int64_t k = 0; k <= 66; ++k) expect_close(GetParam(), m, 7, k);
+    for (const int64_t k : {2047, 2048, 2049, 4096, 4127}) expect_close(GetParam(), m, 7, k);
   }
+  for (const int64_t k : {0, 1, 511, 512, 513, 1024, 1500}) expect_close(GetParam(), 50, 39, k);
 }
 
-TEST_F(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
+TEST_P(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
   for (const int64_t k : {29, 1024, 2100}) {
-    const Product whole(22, 71, k);
-    gemm_nt_bf16(whole.gemm());
+    const Product whole(GetParam(), 70, 71, k);
+    GetParam().multiply(whole.gemm());
     Random random(k);
     for (int trial = 0; trial < 60; ++trial) {
-      const int64_t i0 = random.integer(0, 21), i1 = random.integer(i0 + 1, 22);
+      const int64_t i0 = random.integer(0, 69), i1 = random.integer(i0 + 1, 70);
       const int64_t j0 = random.integer(0, 70), j1 = random.integer(j0 + 1, 71);
       const OwnedTensor part = make_tensor(DType::f32, {i1 - i0, j1 - j0});
       testing::fill_nan(part.tensor);
@@ -112,7 +139,7 @@ TEST_F(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
       GemmBf16 g = whole.gemm();
       g.a = packed.data(), g.b += j0 * g.ldb;
       g.c = part.tensor.ptr<float>(), g.ldc = j1 - j0, g.m = i1 - i0, g.n = j1 - j0;
-      gemm_nt_bf16(g);
+      GetParam().multiply(g);
       for (int64_t i = i0; i < i1; ++i)
         for (int64_t j = j0; j < j1; ++j)
           ASSERT_EQ(*part.tensor.at<float>(i - i0, j - j0), *whole.c.tensor.at<float>(i, j))
@@ -121,18 +148,23 @@ TEST_F(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
   }
 }
 
-TEST_F(GemmBf16Test, PackingRoundsToNearestEvenAndFillsUpWithZeros) {
-  const Product p(6, 1, 45);
-  ASSERT_EQ(p.packed.size(), 8u * 64);
-  for (int64_t i = 0; i < 8; ++i)
+TEST_P(GemmBf16Test, PackingRoundsToNearestEvenAndFillsUpWithZeros) {
+  const Product p(GetParam(), 6, 1, 45);
+  const int64_t group = GetParam().group, rows = group == 4 ? 8 : 16;
+  ASSERT_EQ(p.packed.size(), static_cast<size_t>(rows * 64));
+  for (int64_t i = 0; i < rows; ++i)
     for (int64_t l = 0; l < 64; ++l) {
-      const int64_t place = i / 4 * 4 * 64 + l / 32 * 4 * 32 + i % 4 * 32 + l % 32;
+      const int64_t in_group = group == 4 ? i % 4 * 32 + l % 32 : l % 32 / 2 * 32 + i * 2 + l % 2;
+      const int64_t place = i / group * group * 64 + l / 32 * group * 32 + in_group;
       const bf16 expected(i < 6 && l < 45 ? *p.a.tensor.at<float>(i, l) : 0.f);
       ASSERT_EQ(p.packed[place].bits, expected.bits) << "row " << i << " element " << l;
     }
 }
 
-TEST_F(GemmBf16Test, OtherInstructionSetsSayThatTheyHaveNone) {
+INSTANTIATE_TEST_SUITE_P(All, GemmBf16Test, ::testing::ValuesIn(kBackends),
+                         [](const auto& info) { return info.param.name; });
+
+TEST(GemmBf16, OtherInstructionSetsSayThatTheyHaveNone) {
   force_isa(Isa::generic);
   EXPECT_FALSE(has_gemm_bf16());
   EXPECT_THROW(gemm_nt_bf16({}), Error);

@@ -1,6 +1,7 @@
 // Which instruction set the CPU kernels use. An x_cpu.cc file is compiled once per instruction set, each time
 // in a namespace of that name (kl::generic, kl::avx2, kl::avx512, kl::avx512_bf16); x.cc declares the
-// functions for all of them and calls the active one:
+// functions for all of them and calls the active one (amx adds tiles to avx512_bf16 and shares its
+// namespace):
 //
 //   KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&);)
 //   KL_ACTIVE_ISA(gemm_nt)({...});
@@ -13,8 +14,8 @@
 
 namespace kl {
 
-enum class Isa : uint8_t { generic, avx2, avx512, avx512_bf16 };  // each includes the ones before it
-constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+enum class Isa : uint8_t { generic, avx2, avx512, avx512_bf16, amx };  // each includes the ones before it
+constexpr Isa kIsas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 constexpr std::string_view name_of(Isa isa) {
   switch (isa) {
@@ -22,6 +23,7 @@ constexpr std::string_view name_of(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::avx512_bf16: return "avx512_bf16";
+    case Isa::amx: return "amx";
   }
   return "?";
 }
@@ -48,7 +50,7 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
   __VA_ARGS__                   \
   }
 #define KL_ACTIVE_ISA(function)                                          \
-  (::kl::active_isa() == ::kl::Isa::avx512_bf16 ? &avx512_bf16::function \
+  (::kl::active_isa() >= ::kl::Isa::avx512_bf16 ? &avx512_bf16::function \
    : ::kl::active_isa() == ::kl::Isa::avx512    ? &avx512::function      \
    : ::kl::active_isa() == ::kl::Isa::avx2      ? &avx2::function        \
                                                 : &generic::function)

@@ -57,7 +57,8 @@ Roofline measure_roofline(ThreadPool& pool, double seconds) {
     std::vector<double> flops(keep.size());
     pool.run(pool.threads(), [&](int64_t i) {
       const auto at = static_cast<size_t>(i);
-      flops[at] = KL_ACTIVE_ISA(probe_flops)(kRounds, &keep[at]);
+      flops[at] = active_isa() == Isa::amx ? KL_ACTIVE_ISA(probe_tile_flops)(kRounds / 8, &keep[at])
+                                           : KL_ACTIVE_ISA(probe_flops)(kRounds, &keep[at]);
     });
     double all = 0;
     for (const double f : flops) all += f;

@@ -21,6 +21,7 @@ Roofline measure_roofline(ThreadPool&, double seconds = 0.5);
 // Does `rounds` rounds of multiply-adds; returns how many operations that were, a product and a sum counting
 // as two. `keep` takes the result, so that it has to be computed.
 KL_DECLARE_PER_ISA(uint64_t probe_read(const void* data, int64_t bytes);
-                   double probe_flops(int64_t rounds, float* keep);)
+                   double probe_flops(int64_t rounds, float* keep);
+                   double probe_tile_flops(int64_t rounds, float* keep);)  // the same for Isa::amx
 
 }  // namespace kl

@@ -1,6 +1,7 @@
 // Loops that do nothing but read, or nothing but multiply and add.
 #include "simd/probe.h"
 
+#include "simd/tiles.h"
 #include "simd/vec.h"
 
 #if defined(__AVX512BF16__)
@@ -54,6 +55,24 @@ double probe_flops(int64_t rounds, float* keep) {
   for (int i = 1; i < kSums; ++i) all += sums[i];
   *keep = all[0];
   return static_cast<double>(rounds) * kSums * kFlops;
+}
+
+double probe_tile_flops(int64_t rounds, float* keep) {
+  constexpr int kFlops = 16 * 16 * 32 * 2;  // of a product of tiles
+  alignas(64) bf16 factor[kTileRows * 2 * kTilePairs];
+  alignas(64) float sums[kTileRows * 16];
+  for (bf16& x : factor) x.bits = 0x3f80;  // 1
+  tile_begin();
+  tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  tile_load<4>(factor, 64), tile_load<5>(factor, 64), tile_load<6>(factor, 64), tile_load<7>(factor, 64);
+  for (int64_t r = 0; r < rounds; ++r) {
+    tile_multiply<0, 4, 6>(), tile_multiply<1, 5, 6>();
+    tile_multiply<2, 4, 7>(), tile_multiply<3, 5, 7>();
+  }
+  tile_store<3>(sums);
+  tile_end();
+  *keep = sums[0];
+  return static_cast<double>(rounds) * 4 * kFlops;
 }
 
 }  // namespace kl::KL_ISA

@@ -29,6 +29,15 @@ TEST(Probe, CountsItsOperationsAndDoesThem) {
   EXPECT_EQ(KL_ACTIVE_ISA(probe_flops)(1000, &keep), 1000 * one);
 }
 
+TEST(Probe, CountsItsProductsOfTilesAndDoesThem) {
+  float keep = 0;
+  EXPECT_EQ(generic::probe_tile_flops(3, &keep), 3 * 4 * 16 * 16 * 32 * 2);
+  EXPECT_EQ(keep, 3 * 32);
+  if (!isa_supported(Isa::amx)) GTEST_SKIP() << "this processor has no tiles: tried in plain code only";
+  EXPECT_EQ(KL_ACTIVE_ISA(probe_tile_flops)(5, &keep), 5 * 4 * 16 * 16 * 32 * 2);
+  EXPECT_EQ(keep, 5 * 32);
+}
+
 // Any machine reads more than 100 MB/s and does more than 100 million operations; none reaches the upper
 // bounds.
 TEST(Probe, MeasuresSomethingPlausible) {

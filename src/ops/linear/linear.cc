@@ -31,7 +31,7 @@ void check_args(const LinearArgs& a, Device device) {
 constexpr int64_t kTaskRows = 96;  // with 1024 columns, 384 KiB of x: stays in a core's second-level cache
 
 constexpr int64_t kPackedRows = 2048;  // at once: bounds the scratch to 2048 · in elements of bf16
-constexpr int64_t kPackRows = 16;      // some 10 us; a multiple of kBf16Rows
+constexpr int64_t kPackRows = 16;      // some 10 us; a multiple of bf16_group()
 
 // body(t, rows, o, outputs) for blocks of at most `rows` x `outputs` elements of out. Neighbouring tasks
 // share their rows of w.
