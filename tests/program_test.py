@@ -143,6 +143,41 @@ class Sessions(unittest.TestCase):
         rest = run(*self.start, "--session", self.path, "-n", "10")
         self.assertEqual(rest.stdout.split(), whole[14:])
 
+    def test_draws_go_on_with_the_same_seed(self):
+        flags = ["run", "-m", DEMO, "--print-ids", "--ignore-eos", "--temp", "1", "--top-p", "0.9", "--repeat-penalty", "1.1",
+                 "--frequency-penalty", "0.05"]
+        prompt = ["--raw", "Once upon a time"]
+        whole = run(*flags, "--seed", "7", *prompt, "-n", "200").stdout.split()
+        self.assertEqual(len(whole), 200)
+        first = run(*flags, "--seed", "7", *prompt, "-n", "100", "--save-session", self.path)
+        self.assertEqual(first.stdout.split(), whole[:100], first.stderr)
+        rest = run(*flags, "--seed", "7", "--session", self.path, "-n", "60", "--save-session", self.path)
+        self.assertEqual(rest.stdout.split(), whole[100:160], rest.stderr)
+        last = run(*flags, "--seed", "7", "--session", self.path, "-n", "40")  # from a file of a file
+        self.assertEqual(last.stdout.split(), whole[160:], last.stderr)
+        other = run(*flags, "--seed", "8", "--session", self.path, "-n", "40")
+        self.assertEqual((other.returncode, len(other.stdout.split())), (0, 40))
+        self.assertNotEqual(other.stdout.split(), whole[160:])
+
+    def test_chat_saves_and_loads(self):
+        chat = ["chat", "-m", DEMO, "--temp", "0.8", "--seed", "3", "-n", "40"]
+        whole = run(*chat, stdin="What does music mean?\nAnd gravity?\n")
+        first = run(*chat, stdin=f"/save {self.path}\nWhat does music mean?\n/save {self.path}\n")
+        second = run(*chat, stdin=f"Hello\n/load {self.path}\nAnd gravity?\n/save\n/load {self.path}.none\nAnd now?\n")
+        self.assertEqual((first.returncode, second.returncode), (0, 0))
+        self.assertIn("nothing was said", first.stderr)
+        hello = run(*chat, stdin="Hello\n").stdout
+        self.assertTrue(second.stdout.startswith(hello))
+        again = second.stdout[len(hello):]
+        self.assertTrue((first.stdout + again).startswith(whole.stdout), (first.stdout, again, whole.stdout))
+        # What failed has changed nothing: the conversation goes on.
+        self.assertIn("expected the name of a file", second.stderr)
+        self.assertIn(self.path + ".none", second.stderr)
+        third = run(*chat, stdin="What does music mean?\nAnd gravity?\nAnd now?\n")
+        self.assertEqual(first.stdout + again, third.stdout)
+        # run goes on from it too, and chat from a file of run.
+        self.assertEqual(run("run", "-m", DEMO, "--session", self.path, "--temp", "0", "-n", "4", "x").returncode, 0)
+
     def test_a_conversation_goes_on(self):
         say = ["run", "-m", DEMO, "--temp", "0"]
         first = run(*say, "--save-session", self.path, "What does music mean?")
@@ -170,7 +205,8 @@ class Sessions(unittest.TestCase):
         refused(good[:100], "cut")
         refused(b"", "not a session file")
         refused(b"x" * 1000, "not a session file")
-        refused(good[:8] + b"\x07" + good[9:], "version 7, expected 1")
+        refused(good[:8] + b"\x07" + good[9:], "version 7, expected 2")
+        refused(good[:8] + b"\x01" + good[9:], "version 1, expected 2")
         refused(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:], "checksum")
         refused(good, "16", "--cache-type", "bf16")
         refused(good, "context", "-c", "4")

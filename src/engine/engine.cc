@@ -97,14 +97,15 @@ int64_t Session::room() const { return engine_.context() - static_cast<int64_t>(
 
 StateBytes Session::bytes() const { return engine_.state_.bytes(slot_); }
 
-void Session::save(const std::string& path) const {
-  write_session_file(path, engine_.model(), engine_.state_, slot_, tokens_, logits_);
+void Session::save(const std::string& path, uint64_t draws) const {
+  write_session_file(path, engine_.model(), engine_.state_, slot_, tokens_, logits_, draws);
 }
 
-void Session::restore(const std::string& path) {
+uint64_t Session::restore(const std::string& path) {
   SavedSequence saved = read_session_file(path, engine_.model(), engine_.state_, slot_);
   tokens_ = std::move(saved.tokens);
   logits_ = std::move(saved.logits);
+  return saved.draws;
 }
 
 GenerateResult generate(Session& session, Sampler& sampler, const GenerateOptions& options,
