@@ -21,6 +21,7 @@ struct ModelOptions {
   int batch = 512;                 // -b: prompt tokens at a time
   std::string cache_type = "f32";  // of the latent cache: f32 or bf16
   std::string isa;                 // "": the best that this machine has
+  bool pin = false;                // a processor of its own for each thread
   bool hf_compat_router = false;
   std::optional<float> kv_a_layernorm_eps;
 };

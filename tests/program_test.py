@@ -105,6 +105,33 @@ class Run(unittest.TestCase):
             answers.add(result.stdout)
         self.assertEqual(len(answers), 1, answers)
 
+    def test_pinned_threads(self):
+        prompt = ["--ids", " ".join(map(str, golden()["prose"]["ids"])), "--print-ids", "--temp", "0", "-n", "8"]
+        free, pinned = run("run", "-m", DEMO, *prompt), run("run", "-m", DEMO, "--pin", *prompt)
+        self.assertEqual((pinned.stdout, pinned.stderr), (free.stdout, ""))
+        one = str(sorted(os.sched_getaffinity(0))[-1])
+        refused = run("run", "-m", DEMO, "--pin", "-t", "2", *prompt, preexec_fn=lambda: os.sched_setaffinity(0, {int(one)}))
+        self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+        self.assertIn("2 threads, found 1", refused.stderr)
+
+        # From outside: while it runs, each thread may use one processor, no two the same.
+        processors = sorted(os.sched_getaffinity(0))
+        process = subprocess.Popen([PROGRAM, "run", "-m", DEMO, "--pin", "--raw", "--ignore-eos", "-c", "60000", "--temp", "1", "x"],
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        process.stdout.read(20)  # it is talking
+        tasks = [int(task) for task in os.listdir(f"/proc/{process.pid}/task")]
+        seen = {task: set() for task in tasks}
+        for _ in range(200):  # the main thread is free between two tokens
+            for task in tasks:
+                seen[task].add(tuple(sorted(os.sched_getaffinity(task))))
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        self.assertEqual(len(tasks), len(processors))
+        self.assertIn((processors[0],), seen.pop(process.pid))
+        self.assertEqual(sorted(map(sorted, seen.values())), [[(p,)] for p in processors[1:]])
+
     def test_model_of_the_hugging_face_cache(self):
         with tempfile.TemporaryDirectory() as hub:
             repository = os.path.join(hub, "models--someone--tiny")

@@ -29,7 +29,7 @@ Engine::Engine(Model model, const EngineOptions& options)
 Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
     : model_(std::move(model)),
       options_(with_defaults(options, model_->config)),
-      pool_(options_.threads),
+      pool_(options_.threads, options_.pin),
       state_(model_->config, {.slots = options_.sessions,
                               .max_tokens = options_.context,
                               .latent_dtype = options_.latent_dtype}) {}
@@ -45,6 +45,7 @@ void Engine::step(std::span<const Feed> feeds, const ForwardOptions& forward_opt
     batch.add(s.slot_, feed.ids, Batch::Logits::last);
   }
   if (feeds.empty()) return;
+  const PinnedCaller pinned(pool_);
   Ctx ctx;
   ctx.pool = &pool_;
   const Tensor logits = forward(ctx, *model_, batch, state_, arena_, forward_options);

@@ -20,6 +20,7 @@ struct EngineOptions {
   int sessions = 1;         // that can be open at once
   int prefill_chunk = 512;  // tokens of a prompt that go through the model at a time
   DType latent_dtype = DType::f32;
+  bool pin = false;  // a processor of its own for each thread, while a step runs also for the caller
 };
 
 class Session;

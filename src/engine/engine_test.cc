@@ -184,6 +184,17 @@ TEST(Engine, DrawsGoOnFromASavedSession) {
   EXPECT_NE(go_on(other, true), rest);
 }
 
+TEST(Engine, PinnedThreadsGiveTheSameBits) {
+  const auto ids = golden("prose_129")["ids"].get<std::vector<int32_t>>();
+  const int before = available_processors();
+  Engine free = make_engine({.context = 256}), pinned = make_engine({.context = 256, .pin = true});
+  Session a(free), b(pinned);
+  a.feed(ids), b.feed(ids);
+  EXPECT_TRUE(std::equal(a.logits().begin(), a.logits().end(), b.logits().begin()));
+  EXPECT_EQ(available_processors(), before);  // the calling thread is free again
+  EXPECT_THROW(make_engine({.threads = 4096, .pin = true}), Error);
+}
+
 TEST(Engine, SessionsOfOneStepDoNotSeeEachOther) {
   Engine engine = make_engine({.context = 256, .sessions = 4});
   Engine alone = make_engine({.context = 256});
