@@ -40,14 +40,30 @@ class Tensor(ctypes.Structure):
                 ("shape", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
 
 
+def read_header():
+    with open(HEADER, encoding="utf-8") as file:
+        return file.read()
+
+
+def fields_of_args():
+    """kda_args as the header declares it, so that minor versions need no change here."""
+    types = {"uint32_t": ctypes.c_uint32, "int32_t": ctypes.c_int32, "uint64_t": ctypes.c_uint64, "float": ctypes.c_float,
+             "void*": ctypes.c_void_p, "kda_tensor": Tensor}
+    body = re.search(r"typedef struct kda_args \{(.*?)\} kda_args;", re.sub(r"/\*.*?\*/", "", read_header(), flags=re.S), re.S).group(1)
+    fields = []
+    for declaration in body.split(";")[:-1]:
+        kind, names = declaration.strip().split(None, 1)
+        fields += [(name.strip(), types[kind]) for name in names.split(",")]
+    return fields
+
+
 class Args(ctypes.Structure):
-    _fields_ = (
-        [("struct_size", ctypes.c_uint32), ("device", ctypes.c_int32), ("stream", ctypes.c_void_p)]
-        + [(name, ctypes.c_int32) for name in ("threads", "gate", "beta_kind", "state_v_first", "l2norm")]
-        + [(name, ctypes.c_float) for name in ("l2_eps", "scale", "lower_bound")]
-        + [(name, Tensor) for name in ("q", "k", "v", "g", "beta", "cu_seqlens", "out", "A_log", "dt_bias", "state", "slot",
-                                       "slot_out", "checkpoint_row", "checkpoint_slot")]
-        + [("workspace", ctypes.c_void_p), ("workspace_bytes", ctypes.c_uint64)])
+    _fields_ = fields_of_args()
+
+
+# Where the structs of earlier versions end: before `workspace`, then with 1.0.
+OLDEST, SIZE_1_0 = Args.workspace.offset, Args.workspace_bytes.offset + 8
+MAJOR, MINOR = (int(re.search(rf"#define KDA_ABI_{part} (\d+)", read_header()).group(1)) for part in ("MAJOR", "MINOR"))
 
 
 def load():
@@ -348,11 +364,9 @@ class Layouts(Test):
 
 class Versions(Test):
     def test_the_library_is_of_this_header(self):
-        with open(HEADER, encoding="utf-8") as file:
-            numbers = re.findall(r"#define KDA_ABI_M\w+ (\d+)", file.read())
-        self.assertEqual(KDA.kda_abi_version(), int(numbers[0]) << 16 | int(numbers[1]))
+        self.assertEqual(KDA.kda_abi_version(), MAJOR << 16 | MINOR)
 
-    def test_the_struct_above_is_that_of_the_header(self):
+    def test_the_struct_above_is_that_of_the_compiler(self):
         source = '#include <stdio.h>\n#include "kda/kda.h"\nint main(void) { printf("%zu %zu", sizeof(kda_args), sizeof(kda_tensor));\n'
         for name, _ in Args._fields_:
             source += f'  printf(" %zu", offsetof(kda_args, {name}));\n'
@@ -372,8 +386,9 @@ class Versions(Test):
             self.assertEqual(result.returncode, 0, result.stderr)
 
     def test_sizes(self):
-        newest, oldest = ctypes.sizeof(Args), Args.workspace.offset
-        for size in (oldest, newest):  # a caller from before `workspace` had the struct end there
+        newest, oldest = ctypes.sizeof(Args), OLDEST
+        self.assertEqual((oldest, SIZE_1_0), (1168, 1184))  # no field has moved since
+        for size in (oldest, SIZE_1_0, newest):
             problem = Problem("bounded_t1_d128")
             args = problem.args()
             args.struct_size = size
@@ -390,7 +405,7 @@ class Versions(Test):
 
     def test_init_writes_what_it_was_given(self):
         newest = ctypes.sizeof(Args)
-        for size in (Args.workspace.offset, newest, newest + 40):
+        for size in (OLDEST, SIZE_1_0, newest, newest + 40):
             memory = (ctypes.c_ubyte * (newest + 64))(*([0xaa] * (newest + 64)))
             KDA.kda_args_init(memory, size)
             content = bytes(memory)
@@ -545,16 +560,17 @@ def output_of(*command, **extra):
 
 class Binary(Test):
     def test_exports_are_the_functions_of_the_header(self):
-        with open(HEADER, encoding="utf-8") as file:
-            declared = re.findall(r"^KDA_API [^;(]*?(\w+)\(", file.read(), re.M)
-        self.assertEqual(len(declared), 6)
+        declared = re.findall(r"^KDA_API [^;(]*?(\w+)\(", read_header(), re.M)
+        self.assertGreaterEqual(len(declared), 6)
         lines = output_of("nm", "-D", "--defined-only", os.path.join(BUILD, "libkda.so")).splitlines()
         exported = [line.split()[-1] for line in lines if line.split()[-2] != "A"]  # A: the name of the version itself
-        self.assertEqual(sorted(exported), sorted(name + "@@KDA_1" for name in declared))
+        self.assertEqual(sorted(name.split("@@")[0] for name in exported), sorted(declared))
+        for name in exported:
+            self.assertRegex(name, rf"@@KDA_{MAJOR}(\.\d+)?$")
 
     def test_what_it_needs(self):
         dynamic = output_of("readelf", "-d", os.path.join(BUILD, "libkda.so"))
-        self.assertEqual(re.findall(r"\(SONAME\).*\[(.*)\]", dynamic), ["libkda.so.1"])
+        self.assertEqual(re.findall(r"\(SONAME\).*\[(.*)\]", dynamic), [f"libkda.so.{MAJOR}"])
         for library in re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic):
             self.assertRegex(library, r"^(libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux[-\w]*)\.so")
 
@@ -594,7 +610,7 @@ class Package(Test):
     def test_files(self):
         lib = os.path.relpath(self.lib, self.prefix)
         expected = ["include/kda/kda.h"] + [os.path.join(lib, name) for name in (
-            "libkda.so", "libkda.so.1", "libkda.so.1.0", "libkda.a", "pkgconfig/kda.pc", "cmake/kda/kdaConfig.cmake",
+            "libkda.so", f"libkda.so.{MAJOR}", f"libkda.so.{MAJOR}.{MINOR}", "libkda.a", "pkgconfig/kda.pc", "cmake/kda/kdaConfig.cmake",
             "cmake/kda/kdaConfigVersion.cmake")]
         self.assertEqual(sorted(self.files), sorted(expected))
         for name in self.files:  # nothing knows where it was built or first installed
@@ -603,11 +619,11 @@ class Package(Test):
                     text = file.read()
                 self.assertNotIn(ROOT, text, name)
                 self.assertNotIn(os.path.join(self.folder, "first"), text, name)
-        self.assertEqual(self.pkg_config("--modversion"), ["1.0"])
+        self.assertEqual(self.pkg_config("--modversion"), [f"{MAJOR}.{MINOR}"])
 
     def test_pkg_config_shared(self):
         program = self.compile("shared", *self.pkg_config("--cflags", "--libs"), "-lm")
-        self.assertIn("libkda.so.1", output_of("readelf", "-d", program))
+        self.assertIn(f"libkda.so.{MAJOR}", output_of("readelf", "-d", program))
         environment = dict(self.environment, LD_LIBRARY_PATH=self.lib)
         self.assertEqual(output_of(program, env=environment), self.expected)
 
@@ -628,7 +644,7 @@ class Package(Test):
         output_of("cmake", "--build", build, env=self.environment)
         for name in ("kda_prefill", "kda_prefill_static"):
             self.assertEqual(output_of(os.path.join(build, name), env=self.environment), self.expected)
-        self.assertIn("libkda.so.1", output_of("readelf", "-d", os.path.join(build, "kda_prefill")))
+        self.assertIn(f"libkda.so.{MAJOR}", output_of("readelf", "-d", os.path.join(build, "kda_prefill")))
         self.assertNotIn("libkda", output_of("readelf", "-d", os.path.join(build, "kda_prefill_static")))
 
     def test_what_the_page_says_works(self):
@@ -644,18 +660,16 @@ class Package(Test):
         values = re.findall(r"-?\d\.\d+(?:e-\d+)?", out)
         self.assertEqual(len(values), 4, out)
         self.assertTrue(any(float(value) != 0 for value in values), out)
-        sizes = f"struct_size: expected {Args.workspace.offset} to {ctypes.sizeof(Args)}, found 8"
-        self.assertTrue(sizes in text, "docs/libkda.md does not say: " + sizes)
 
     def test_cmake_refuses_another_major_version(self):
         source = os.path.join(self.folder, "project")
         os.mkdir(source)
         with open(os.path.join(source, "CMakeLists.txt"), "w", encoding="utf-8") as file:
-            file.write("cmake_minimum_required(VERSION 3.18)\nproject(x LANGUAGES C)\nfind_package(kda 2.0 REQUIRED)\n")
+            file.write("cmake_minimum_required(VERSION 3.18)\nproject(x LANGUAGES C)\n" + f"find_package(kda {MAJOR + 1}.0 REQUIRED)\n")
         result = subprocess.run(["cmake", "-S", source, "-B", source + "/b", "-DCMAKE_PREFIX_PATH=" + self.prefix], capture_output=True,
                                 text=True, env=self.environment)
         self.assertNotEqual(result.returncode, 0)
-        self.assertIn("version: 1.0", result.stderr)
+        self.assertIn(f"version: {MAJOR}.{MINOR}", result.stderr)
 
 
 def main():
