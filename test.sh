@@ -48,9 +48,10 @@ if command -v clang-format >/dev/null && clang-format --version | grep -q 'versi
 fi
 
 say "Release build and tests"
-build cpu kimi-linear kl_tests -- -DKL_TESTS=ON ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
+build cpu kimi-linear kda kda_static kda_prefill_example kl_tests -- -DKL_TESTS=ON ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
 unit "unit tests" build/cpu/kl_tests
 unit "program" python3 tests/program_test.py build/cpu/kimi-linear
+unit "libkda" python3 tests/libkda_test.py build/cpu
 
 if [ $quick = 0 ]; then
   say "AddressSanitizer and UndefinedBehaviorSanitizer"

@@ -230,7 +230,8 @@ int bench(const BenchOptions& options) {
   for (const int t : threads) {
     Roofline roofline;
     {
-      ThreadPool pool(t);
+      ThreadPool pool(t, options.model.pin);
+      const PinnedCaller pinned(pool);
       roofline = measure_roofline(pool);
     }
     EngineOptions engine = engine_options(options.model);

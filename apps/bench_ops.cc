@@ -35,7 +35,8 @@ std::vector<double> measure(const BenchCase& c, Ctx& ctx, double seconds) {
 
 int bench_ops(const BenchOpsOptions& options) {
   const Model model = open_model(options.model);
-  ThreadPool pool(options.model.threads > 0 ? options.model.threads : available_processors());
+  ThreadPool pool = make_pool(options.model);
+  const PinnedCaller pinned(pool);
   const Roofline roofline = measure_roofline(pool);
   const BenchCases all = make_bench_cases(model);
   Table table(table_format(options.format), {{"operator", 22, true},

@@ -22,6 +22,8 @@ constexpr const char* kHelp =
     "  /help            this list\n"
     "  /reset           forget the conversation\n"
     "  /system TEXT     set the system message and start over (no TEXT: none)\n"
+    "  /save FILE       keep the conversation in a file\n"
+    "  /load FILE       go on with the conversation of a file\n"
     "  /quit            leave (as Ctrl-D does)\n"
     "  \"\"\"              starts and ends a message of several lines; a line that ends in \\ goes on too\n"
     "  Ctrl-C           stops the answer\n";
@@ -163,6 +165,23 @@ class Conversation {
   }
   void restart() { restart(std::string(system_)); }
 
+  // Both throw kl::Error; a conversation that cannot be loaded leaves this one as it is.
+  void save(const std::string& path) {
+    KL_CHECK(!ids_.empty(), "/save: nothing was said yet");
+    if (!read()) return;  // interrupted; what is unread is read with the next message
+    session_.save(path, sampler_.draws());
+    note(cat("(", path, ": ", ids_.size(), " tokens)"));
+  }
+  void load(const std::string& path) {
+    const uint64_t draws = session_.restore(path);
+    ids_ = session_.tokens();
+    if (ids_.back() != end_of_message_) ids_.push_back(end_of_message_);  // an answer cut short
+    sampler_ = Sampler(sampling_);
+    for (const int32_t id : ids_) sampler_.see(id);
+    sampler_.continue_after(draws);
+    note(cat("(", path, ": ", ids_.size(), " tokens)"));
+  }
+
   // Reads the message, prints the answer.
   void turn(const std::string& message) {
     const size_t before = ids_.size();
@@ -179,6 +198,7 @@ class Conversation {
     print(detokenizer.finish() + "\n");
     ids_.insert(ids_.end(), result.ids.begin(), result.ids.end());
     ids_.push_back(end_of_message_);
+    sampler_.see(end_of_message_);  // as who loads the conversation will have seen it
     if (result.finish == Finish::cancelled) note("(stopped)");
     if (result.finish == Finish::length) {
       note(session_.room() == 0 ? "(the context is full: /reset starts over, a larger -c holds more)"
@@ -233,6 +253,9 @@ bool command(Conversation& conversation, const std::string& line) {
     conversation.restart(rest);
     note(rest.empty() ? "(new conversation without a system message)"
                       : "(new conversation with this system message)");
+  } else if (name == "/save" || name == "/load") {
+    KL_CHECK(!rest.empty(), name, ": expected the name of a file");
+    name == "/save" ? conversation.save(rest) : conversation.load(rest);
   } else {
     std::fprintf(stderr, "unknown command %s; /help lists them\n", name.c_str());
   }
@@ -260,12 +283,12 @@ int chat(const ChatOptions& options) {
       continue;
     }
     if (message.find_first_not_of(" \t\n") == std::string::npos) continue;
-    if (message[0] == '/' && message.find('\n') == std::string::npos) {
-      if (!command(conversation, message)) break;
-      continue;
-    }
     try {
-      conversation.turn(message);
+      if (message[0] == '/' && message.find('\n') == std::string::npos) {
+        if (!command(conversation, message)) break;
+      } else {
+        conversation.turn(message);
+      }
     } catch (const Error& e) {
       std::fprintf(stderr, "error: %s\n", e.what());
     }

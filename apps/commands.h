@@ -22,6 +22,7 @@ struct ModelOptions {
   std::string cache_type = "f32";   // of the latent cache: f32 or bf16
   std::string precision = "exact";  // of products with weights: exact or bf16
   std::string isa;                  // "": the best that this machine has
+  bool pin = false;                 // a processor of its own for each thread
   bool hf_compat_router = false;
   std::optional<float> kv_a_layernorm_eps;
 };

@@ -31,7 +31,7 @@ class Scorer {
  public:
   Scorer(const Model& model, const ModelOptions& options, int64_t context)
       : model_(model),
-        pool_(options.threads > 0 ? options.threads : available_processors()),
+        pool_(make_pool(options)),
         state_(model.config, {.max_tokens = context, .latent_dtype = engine_options(options).latent_dtype}),
         chunk_(std::max<int64_t>(1, std::min<int64_t>(options.batch, kLogits / model.config.vocab_size))),
         slot_(state_.open()) {}
@@ -41,6 +41,7 @@ class Scorer {
   void window(std::span<const int32_t> ids, int64_t counted, std::vector<double>& nll,
               OnProgress&& progress) {
     state_.reset(slot_);
+    const PinnedCaller pinned(pool_);
     Ctx ctx;
     ctx.pool = &pool_;
     // The last token's logits speak about a token outside.

@@ -65,7 +65,12 @@ EngineOptions engine_options(const ModelOptions& options) {
           .context = options.context,
           .prefill_chunk = options.batch,
           .latent_dtype = options.cache_type == "bf16" ? DType::bf16 : DType::f32,
-          .precision = options.precision == "bf16" ? Precision::bf16 : Precision::exact};
+          .precision = options.precision == "bf16" ? Precision::bf16 : Precision::exact,
+          .pin = options.pin};
+}
+
+ThreadPool make_pool(const ModelOptions& options) {
+  return ThreadPool(options.threads > 0 ? options.threads : available_processors(), options.pin);
 }
 
 std::unique_ptr<Engine> open_engine(const ModelOptions& options) {

@@ -17,6 +17,8 @@ void choose_isa(const std::string& name);  // "": nothing is forced
 Model open_model(const ModelOptions&);
 EngineOptions engine_options(const ModelOptions&);
 std::unique_ptr<Engine> open_engine(const ModelOptions&);
+// For commands that compute without an engine.
+ThreadPool make_pool(const ModelOptions&);
 
 // The tokenizer of a directory; nullopt if the directory has none.
 std::optional<Tokenizer> find_tokenizer(const std::string& directory, int vocab_size);

@@ -26,7 +26,8 @@ int logits(const LogitsOptions& options) {
     std::copy_n(rows.ptr<float>(), rows.numel(), into.tensor.at<float>(first));
   };
 
-  ThreadPool pool(options.model.threads > 0 ? options.model.threads : available_processors());
+  ThreadPool pool = make_pool(options.model);
+  const PinnedCaller pinned(pool);
   Ctx ctx;
   ctx.pool = &pool;
   Arena arena;

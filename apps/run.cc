@@ -42,12 +42,12 @@ std::vector<int32_t> prompt_ids(const RunOptions& options, const Tokenizer* toke
 }
 
 // Feeds the end of the answer too, so that whoever goes on from the file finds all of it.
-void save(const RunOptions& options, Session& session, const GenerateResult& result) {
+void save(const RunOptions& options, Session& session, const Sampler& sampler, const GenerateResult& result) {
   const int32_t last = result.finish == Finish::stop ? result.stop_id
                        : result.ids.empty()          ? -1
                                                      : result.ids.back();
   if (last >= 0 && session.room() > 0) session.feed({&last, 1});
-  session.save(options.save_session);
+  session.save(options.save_session, sampler.draws());
   note(cat("\n", options.save_session, ": ", session.tokens().size(), " tokens, ",
            human_bytes(static_cast<double>(session.bytes().total())), " of state"));
 }
@@ -74,11 +74,12 @@ int run(const RunOptions& options) {
   KL_CHECK(text || options.print_ids, directory,
            " has no tokenizer (tiktoken.model): use --ids with --print-ids");
   Session session(*engine);
-  if (!options.session.empty()) session.restore(options.session);
+  const uint64_t draws = options.session.empty() ? 0 : session.restore(options.session);
   const std::vector<int32_t> prompt = prompt_ids(options, text, session, directory);
   KL_CHECK(!prompt.empty() || !session.tokens().empty(), "the prompt is empty");
 
   Sampler sampler(sample_params(options.sampling, directory));
+  sampler.continue_after(draws);
   for (const int32_t id : session.tokens()) sampler.see(id);
   for (const int32_t id : prompt) sampler.see(id);
   double prefill_seconds = 0;
@@ -113,7 +114,7 @@ int run(const RunOptions& options) {
 
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   if (!options.quiet) note(summary(prompt.size(), prefill_seconds, result, seconds, session));
-  if (!options.save_session.empty()) save(options, session, result);
+  if (!options.save_session.empty()) save(options, session, sampler, result);
   return 0;
 }
 

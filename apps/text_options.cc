@@ -29,6 +29,7 @@ void computing_flags(CLI::App* command, ModelOptions& o) {
   command->add_option(
       "--isa", o.isa,
       "instruction set: generic, avx2, avx512, avx512_bf16 or amx (default: the best of this machine)");
+  command->add_flag("--pin", o.pin, "keep each thread on a processor of its own");
   command->add_flag("--hf-compat-router", o.hf_compat_router,
                     "add the correction bias to the expert weights too, as Moonshot's Python code does");
   command->add_option("--kv-a-norm-eps", o.kv_a_layernorm_eps, "eps of kv_a_layernorm (default 1e-6)")

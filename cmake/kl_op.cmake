@@ -7,7 +7,8 @@
 #   x_test.cc           into kl_tests, and into <folder>_tests (not built by default; quick to build for one folder)
 #   x_cuda_bench.cc     a program of its own, x_cuda_bench (not built by default), to be carried to a GPU machine
 #
-# kl_folder(ops/kda DEPENDS base simd LIBRARIES foo::foo) makes the target kl_ops_kda.
+# kl_folder(ops/kda DEPENDS base simd LIBRARIES foo::foo) makes the target kl_ops_kda. Its property KL_OBJECTS names all
+# objects of the library, for archives that hold several folders.
 
 # Instruction sets of x_cpu.cc files: name, then compiler flags. "generic" is what every machine of this family has.
 set(KL_ISAS generic)
@@ -42,6 +43,7 @@ function(kl_folder folder)
 
   if(library_sources OR isa_sources)
     add_library(${target} STATIC ${library_sources})
+    set_property(TARGET ${target} APPEND PROPERTY KL_OBJECTS $<TARGET_OBJECTS:${target}>)
     set(scope PUBLIC)
   else()
     add_library(${target} INTERFACE)
@@ -61,6 +63,7 @@ function(kl_folder folder)
       target_compile_options(${target}_${isa} PRIVATE -O3 ${KL_ISA_FLAGS_${isa}})
       target_link_libraries(${target}_${isa} PRIVATE kl_options)
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${isa}>)
+      set_property(TARGET ${target} APPEND PROPERTY KL_OBJECTS $<TARGET_OBJECTS:${target}_${isa}>)
     endif()
   endforeach()
 
@@ -75,6 +78,7 @@ function(kl_folder folder)
       list(REMOVE_ITEM current ${source})
       set_target_properties(${target} PROPERTIES SOURCES "${current}")
       target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${stem}>)
+      set_property(TARGET ${target} APPEND PROPERTY KL_OBJECTS $<TARGET_OBJECTS:${target}_${stem}>)
     endif()
   endforeach()
 

@@ -105,6 +105,33 @@ class Run(unittest.TestCase):
             answers.add(result.stdout)
         self.assertEqual(len(answers), 1, answers)
 
+    def test_pinned_threads(self):
+        prompt = ["--ids", " ".join(map(str, golden()["prose"]["ids"])), "--print-ids", "--temp", "0", "-n", "8"]
+        free, pinned = run("run", "-m", DEMO, *prompt), run("run", "-m", DEMO, "--pin", *prompt)
+        self.assertEqual((pinned.stdout, pinned.stderr), (free.stdout, ""))
+        one = str(sorted(os.sched_getaffinity(0))[-1])
+        refused = run("run", "-m", DEMO, "--pin", "-t", "2", *prompt, preexec_fn=lambda: os.sched_setaffinity(0, {int(one)}))
+        self.assertEqual((refused.returncode, refused.stdout), (1, ""))
+        self.assertIn("2 threads, found 1", refused.stderr)
+
+        # From outside: while it runs, each thread may use one processor, no two the same.
+        processors = sorted(os.sched_getaffinity(0))
+        process = subprocess.Popen([PROGRAM, "run", "-m", DEMO, "--pin", "--raw", "--ignore-eos", "-c", "60000", "--temp", "1", "x"],
+                                   stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        process.stdout.read(20)  # it is talking
+        tasks = [int(task) for task in os.listdir(f"/proc/{process.pid}/task")]
+        seen = {task: set() for task in tasks}
+        for _ in range(200):  # the main thread is free between two tokens
+            for task in tasks:
+                seen[task].add(tuple(sorted(os.sched_getaffinity(task))))
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        self.assertEqual(len(tasks), len(processors))
+        self.assertIn((processors[0],), seen.pop(process.pid))
+        self.assertEqual(sorted(map(sorted, seen.values())), [[(p,)] for p in processors[1:]])
+
     def test_model_of_the_hugging_face_cache(self):
         with tempfile.TemporaryDirectory() as hub:
             repository = os.path.join(hub, "models--someone--tiny")
@@ -143,6 +170,41 @@ class Sessions(unittest.TestCase):
         rest = run(*self.start, "--session", self.path, "-n", "10")
         self.assertEqual(rest.stdout.split(), whole[14:])
 
+    def test_draws_go_on_with_the_same_seed(self):
+        flags = ["run", "-m", DEMO, "--print-ids", "--ignore-eos", "--temp", "1", "--top-p", "0.9", "--repeat-penalty", "1.1",
+                 "--frequency-penalty", "0.05"]
+        prompt = ["--raw", "Once upon a time"]
+        whole = run(*flags, "--seed", "7", *prompt, "-n", "200").stdout.split()
+        self.assertEqual(len(whole), 200)
+        first = run(*flags, "--seed", "7", *prompt, "-n", "100", "--save-session", self.path)
+        self.assertEqual(first.stdout.split(), whole[:100], first.stderr)
+        rest = run(*flags, "--seed", "7", "--session", self.path, "-n", "60", "--save-session", self.path)
+        self.assertEqual(rest.stdout.split(), whole[100:160], rest.stderr)
+        last = run(*flags, "--seed", "7", "--session", self.path, "-n", "40")  # from a file of a file
+        self.assertEqual(last.stdout.split(), whole[160:], last.stderr)
+        other = run(*flags, "--seed", "8", "--session", self.path, "-n", "40")
+        self.assertEqual((other.returncode, len(other.stdout.split())), (0, 40))
+        self.assertNotEqual(other.stdout.split(), whole[160:])
+
+    def test_chat_saves_and_loads(self):
+        chat = ["chat", "-m", DEMO, "--temp", "0.8", "--seed", "3", "-n", "40"]
+        whole = run(*chat, stdin="What does music mean?\nAnd gravity?\n")
+        first = run(*chat, stdin=f"/save {self.path}\nWhat does music mean?\n/save {self.path}\n")
+        second = run(*chat, stdin=f"Hello\n/load {self.path}\nAnd gravity?\n/save\n/load {self.path}.none\nAnd now?\n")
+        self.assertEqual((first.returncode, second.returncode), (0, 0))
+        self.assertIn("nothing was said", first.stderr)
+        hello = run(*chat, stdin="Hello\n").stdout
+        self.assertTrue(second.stdout.startswith(hello))
+        again = second.stdout[len(hello):]
+        self.assertTrue((first.stdout + again).startswith(whole.stdout), (first.stdout, again, whole.stdout))
+        # What failed has changed nothing: the conversation goes on.
+        self.assertIn("expected the name of a file", second.stderr)
+        self.assertIn(self.path + ".none", second.stderr)
+        third = run(*chat, stdin="What does music mean?\nAnd gravity?\nAnd now?\n")
+        self.assertEqual(first.stdout + again, third.stdout)
+        # run goes on from it too, and chat from a file of run.
+        self.assertEqual(run("run", "-m", DEMO, "--session", self.path, "--temp", "0", "-n", "4", "x").returncode, 0)
+
     def test_a_conversation_goes_on(self):
         say = ["run", "-m", DEMO, "--temp", "0"]
         first = run(*say, "--save-session", self.path, "What does music mean?")
@@ -170,7 +232,8 @@ class Sessions(unittest.TestCase):
         refused(good[:100], "cut")
         refused(b"", "not a session file")
         refused(b"x" * 1000, "not a session file")
-        refused(good[:8] + b"\x07" + good[9:], "version 7, expected 1")
+        refused(good[:8] + b"\x07" + good[9:], "version 7, expected 2")
+        refused(good[:8] + b"\x01" + good[9:], "version 1, expected 2")
         refused(good[:1000] + bytes([good[1000] ^ 1]) + good[1001:], "checksum")
         refused(good, "16", "--cache-type", "bf16")
         refused(good, "context", "-c", "4")

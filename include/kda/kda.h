@@ -46,7 +46,8 @@ KDA_API const char* kda_last_error(void);
 typedef enum kda_device { KDA_CPU = 0, KDA_CUDA = 1 } kda_device;
 typedef enum kda_dtype { KDA_F32 = 0, KDA_BF16 = 1, KDA_I32 = 2, KDA_I64 = 3 } kda_dtype;
 
-/* A view. data = NULL: absent. Strides in elements; the innermost dimension is contiguous (stride 1). */
+/* A view. data = NULL: absent. Strides in elements; the innermost dimension is contiguous (stride 1).
+ * Addresses are multiples of the element's size. */
 typedef struct kda_tensor {
   void* data;
   int32_t dtype; /* kda_dtype */

@@ -1,10 +1,13 @@
 // The ground floor: tensors, element types, arenas, the thread pool.
 #include <gtest/gtest.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "base/context.h"
@@ -110,6 +113,63 @@ TEST(ThreadPool, RethrowsAndStaysUsable) {
     for (int64_t i = begin; i < end; ++i) sum += i;
   });
   EXPECT_EQ(sum.load(), 999 * 1000 / 2);
+}
+
+std::vector<int> processors_of_this_thread() {
+  cpu_set_t set;
+  KL_CHECK(sched_getaffinity(0, sizeof set, &set) == 0, "sched_getaffinity");
+  std::vector<int> processors;
+  for (int i = 0; i < CPU_SETSIZE; ++i) {
+    if (CPU_ISSET(i, &set)) processors.push_back(i);
+  }
+  return processors;
+}
+
+TEST(ThreadPool, PinnedThreadsHaveAProcessorEach) {
+  const std::vector<int> all = processors_of_this_thread();
+  const int threads = std::min<int>(4, static_cast<int>(all.size()));
+  ThreadPool pool(threads, true);
+  std::vector<std::vector<int>> found(static_cast<size_t>(threads));
+  {
+    const PinnedCaller pinned(pool);
+    // Every task waits for the others, so that each runs on a thread of its own.
+    std::atomic<int> arrived{0};
+    pool.run(threads, [&](int64_t i) {
+      found[static_cast<size_t>(i)] = processors_of_this_thread();
+      arrived.fetch_add(1);
+      while (arrived.load() < threads) std::this_thread::yield();
+    });
+    EXPECT_EQ(processors_of_this_thread(), std::vector<int>{all[0]});
+  }
+  std::sort(found.begin(), found.end());
+  for (size_t i = 0; i < found.size(); ++i) EXPECT_EQ(found[i], std::vector<int>{all[i]});
+  EXPECT_EQ(processors_of_this_thread(), all);  // the caller is free again
+
+  ThreadPool free(threads);
+  const PinnedCaller nothing(free);
+  EXPECT_EQ(processors_of_this_thread(), all);
+}
+
+TEST(ThreadPool, MoreThreadsThanProcessorsAreNotPinned) {
+  // In a thread of its own, whose single processor is nobody else's business.
+  std::thread([] {
+    const std::vector<int> all = processors_of_this_thread();
+    cpu_set_t last;
+    CPU_ZERO(&last);
+    CPU_SET(all.back(), &last);
+    ASSERT_EQ(sched_setaffinity(0, sizeof last, &last), 0);
+    try {
+      ThreadPool pool(2, true);
+      ADD_FAILURE() << "two threads were pinned to one processor";
+    } catch (const Error& e) {
+      EXPECT_STREQ(e.what(),
+                   "pinning threads: expected a processor for each of 2 threads, found 1 that this process "
+                   "may run on");
+    }
+    const ThreadPool one(1, true);
+    const PinnedCaller pinned(one);
+    EXPECT_EQ(processors_of_this_thread(), std::vector<int>{all.back()});
+  }).join();
 }
 
 }  // namespace

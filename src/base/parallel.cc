@@ -1,10 +1,12 @@
 #include "base/parallel.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -22,11 +24,28 @@ inline void pause() {
   __builtin_ia32_pause();
 #endif
 }
+
+// Where the calling thread may run.
+cpu_set_t allowed_processors() {
+  cpu_set_t set;
+  const int error = pthread_getaffinity_np(pthread_self(), sizeof set, &set);
+  KL_CHECK(error == 0, "pinning threads: cannot ask for this process's processors: ", std::strerror(error));
+  return set;
+}
+
+void pin_thread(pthread_t thread, int processor) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(processor, &set);
+  const int error = pthread_setaffinity_np(thread, sizeof set, &set);
+  KL_CHECK(error == 0, "pinning threads: cannot use processor ", processor, ": ", std::strerror(error));
+}
 }  // namespace
 
 struct ThreadPool::Shared {
   std::vector<std::thread> workers;
-  std::mutex run_mutex;  // one loop at a time
+  std::vector<int> processors;  // of thread i; empty: not pinned
+  std::mutex run_mutex;         // one loop at a time
 
   // A loop is published under `mutex` by raising `epoch` and opening it. Workers that wake in time join it,
   // also under `mutex`, take indices from `next` and count themselves out through `active`. The caller closes
@@ -44,6 +63,25 @@ struct ThreadPool::Shared {
   std::atomic<int> active{0};
   std::mutex error_mutex;
   std::exception_ptr error;
+
+  ~Shared() {
+    {
+      const std::lock_guard lock(mutex);
+      stop = true;
+      epoch.fetch_add(1);
+    }
+    wake.notify_all();
+    for (std::thread& t : workers) t.join();
+  }
+
+  void choose_processors(size_t threads) {
+    const cpu_set_t allowed = allowed_processors();
+    for (int i = 0; i < CPU_SETSIZE && processors.size() < threads; ++i) {
+      if (CPU_ISSET(i, &allowed)) processors.push_back(i);
+    }
+    KL_CHECK(processors.size() == threads, "pinning threads: expected a processor for each of ", threads,
+             " threads, found ", processors.size(), " that this process may run on");
+  }
 
   void work() {
     for (;;) {
@@ -76,20 +114,16 @@ struct ThreadPool::Shared {
   }
 };
 
-ThreadPool::ThreadPool(int threads) : shared_(std::make_unique<Shared>()) {
+ThreadPool::ThreadPool(int threads, bool pin) : shared_(std::make_unique<Shared>()) {
   KL_CHECK(threads >= 1 && threads <= 4096, "number of threads: expected 1 to 4096, found ", threads);
-  for (int i = 1; i < threads; ++i) shared_->workers.emplace_back([s = shared_.get()] { s->worker(); });
+  if (pin) shared_->choose_processors(static_cast<size_t>(threads));
+  for (int i = 1; i < threads; ++i) {
+    shared_->workers.emplace_back([s = shared_.get()] { s->worker(); });
+    if (pin) pin_thread(shared_->workers.back().native_handle(), shared_->processors[static_cast<size_t>(i)]);
+  }
 }
 
-ThreadPool::~ThreadPool() {
-  {
-    const std::lock_guard lock(shared_->mutex);
-    shared_->stop = true;
-    shared_->epoch.fetch_add(1);
-  }
-  shared_->wake.notify_all();
-  for (std::thread& t : shared_->workers) t.join();
-}
+ThreadPool::~ThreadPool() = default;
 
 int ThreadPool::threads() const { return static_cast<int>(shared_->workers.size()) + 1; }
 
@@ -122,6 +156,20 @@ void ThreadPool::run(int64_t tasks, const std::function<void(int64_t)>& body) {
       std::this_thread::yield();
   }
   if (s.error) std::rethrow_exception(s.error);
+}
+
+struct PinnedCaller::Before {
+  cpu_set_t allowed;
+};
+
+PinnedCaller::PinnedCaller(const ThreadPool& pool) {
+  if (pool.shared_->processors.empty()) return;
+  before_ = std::make_unique<Before>(Before{allowed_processors()});
+  pin_thread(pthread_self(), pool.shared_->processors[0]);
+}
+
+PinnedCaller::~PinnedCaller() {
+  if (before_) pthread_setaffinity_np(pthread_self(), sizeof before_->allowed, &before_->allowed);
 }
 
 int available_processors() {

@@ -12,7 +12,9 @@ namespace kl {
 // nest.
 class ThreadPool {
  public:
-  explicit ThreadPool(int threads);  // >= 1
+  // `pin`: thread i stays on the i-th processor that the constructing thread may run on; throws kl::Error if
+  // there are fewer of them than threads. The caller, thread 0, is pinned by PinnedCaller.
+  explicit ThreadPool(int threads, bool pin = false);  // threads >= 1
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -24,8 +26,24 @@ class ThreadPool {
   void run(int64_t tasks, const std::function<void(int64_t)>& body);
 
  private:
+  friend class PinnedCaller;
   struct Shared;
   std::unique_ptr<Shared> shared_;
+};
+
+// Keeps the calling thread on the first processor of a pinned pool while it lives; nothing for other pools.
+// For a span of many loops, such as a forward pass: a system call before and after every loop would cost a
+// small model more than pinning gives. The thread may go where it could before when this ends.
+class PinnedCaller {
+ public:
+  explicit PinnedCaller(const ThreadPool& pool);
+  ~PinnedCaller();
+  PinnedCaller(const PinnedCaller&) = delete;
+  PinnedCaller& operator=(const PinnedCaller&) = delete;
+
+ private:
+  struct Before;
+  std::unique_ptr<Before> before_;  // null: nothing was changed
 };
 
 // Processors this process may run on.

@@ -29,7 +29,7 @@ Engine::Engine(Model model, const EngineOptions& options)
 Engine::Engine(std::shared_ptr<const Model> model, const EngineOptions& options)
     : model_(std::move(model)),
       options_(with_defaults(options, model_->config)),
-      pool_(options_.threads),
+      pool_(options_.threads, options_.pin),
       state_(model_->config, {.slots = options_.sessions,
                               .max_tokens = options_.context,
                               .latent_dtype = options_.latent_dtype}) {}
@@ -45,6 +45,7 @@ void Engine::step(std::span<const Feed> feeds, const ForwardOptions& forward_opt
     batch.add(s.slot_, feed.ids, Batch::Logits::last);
   }
   if (feeds.empty()) return;
+  const PinnedCaller pinned(pool_);
   Ctx ctx;
   ctx.pool = &pool_;
   ctx.precision = options_.precision;
@@ -98,14 +99,15 @@ int64_t Session::room() const { return engine_.context() - static_cast<int64_t>(
 
 StateBytes Session::bytes() const { return engine_.state_.bytes(slot_); }
 
-void Session::save(const std::string& path) const {
-  write_session_file(path, engine_.model(), engine_.state_, slot_, tokens_, logits_);
+void Session::save(const std::string& path, uint64_t draws) const {
+  write_session_file(path, engine_.model(), engine_.state_, slot_, tokens_, logits_, draws);
 }
 
-void Session::restore(const std::string& path) {
+uint64_t Session::restore(const std::string& path) {
   SavedSequence saved = read_session_file(path, engine_.model(), engine_.state_, slot_);
   tokens_ = std::move(saved.tokens);
   logits_ = std::move(saved.logits);
+  return saved.draws;
 }
 
 GenerateResult generate(Session& session, Sampler& sampler, const GenerateOptions& options,

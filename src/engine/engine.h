@@ -21,6 +21,7 @@ struct EngineOptions {
   int prefill_chunk = 512;  // tokens of a prompt that go through the model at a time
   DType latent_dtype = DType::f32;
   Precision precision = Precision::exact;  // of products with weights (base/context.h)
+  bool pin = false;  // a processor of its own for each thread, while a step runs also for the caller
 };
 
 class Session;
@@ -83,10 +84,10 @@ class Session {
   void copy_from(const Session& other);  // of the same engine
   StateBytes bytes() const;
 
-  // A session file (model/session_file.h). Both throw kl::Error; a session that cannot be restored stays what
-  // it was.
-  void save(const std::string& path) const;
-  void restore(const std::string& path);
+  // A session file (model/session_file.h). `draws` is Sampler::draws() of who chose the tokens; restore()
+  // gives it back. Both throw kl::Error; a session that cannot be restored stays what it was.
+  void save(const std::string& path, uint64_t draws = 0) const;
+  uint64_t restore(const std::string& path);
 
  private:
   friend class Engine;

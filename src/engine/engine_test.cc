@@ -169,6 +169,65 @@ TEST(Engine, SavedSessionsGoOnAsIfTheyHadNotBeen) {
   EXPECT_EQ(untouched.tokens(), (std::vector<int32_t>{1, 2, 3}));
 }
 
+TEST(Engine, DrawsGoOnFromASavedSession) {
+  const testing::TempDir folder;
+  const std::string path = folder.path() + "/session";
+  const auto prompt = golden("prose")["ids"].get<std::vector<int32_t>>();
+  // Penalties too: they look at the tokens, which are in the file.
+  const SampleParams params = {
+      .temperature = 1, .top_p = 0.95f, .repetition_penalty = 1.1f, .frequency_penalty = 0.1f, .seed = 7};
+  const auto choose = [](Session& session, Sampler& sampler, int64_t n) {
+    return generate(session, sampler, {.max_tokens = n}, [](int32_t) {}).ids;
+  };
+  const auto sampler_for = [](const SampleParams& p, const std::vector<int32_t>& seen) {
+    Sampler sampler(p);
+    for (const int32_t id : seen) sampler.see(id);
+    return sampler;
+  };
+  Engine engine = make_engine({.context = 256});
+  std::vector<int32_t> whole;
+  {
+    Session session(engine);
+    session.feed(prompt);
+    Sampler sampler = sampler_for(params, prompt);
+    whole = choose(session, sampler, 60);
+    EXPECT_EQ(sampler.draws(), 60u);
+  }
+  {
+    Session session(engine);
+    session.feed(prompt);
+    Sampler sampler = sampler_for(params, prompt);
+    const std::vector<int32_t> first = choose(session, sampler, 25);
+    session.feed({&first.back(), 1});
+    session.save(path, sampler.draws());
+  }
+  const auto go_on = [&](const SampleParams& p, bool from_there) {
+    Session session(engine);
+    const uint64_t draws = session.restore(path);
+    EXPECT_EQ(draws, 25u);
+    Sampler sampler = sampler_for(p, session.tokens());
+    if (from_there) sampler.continue_after(draws);
+    return choose(session, sampler, 35);
+  };
+  const std::vector<int32_t> rest(whole.begin() + 25, whole.end());
+  EXPECT_EQ(go_on(params, true), rest);
+  EXPECT_NE(go_on(params, false), rest);  // what the number is there for
+  SampleParams other = params;
+  other.seed = 8;
+  EXPECT_NE(go_on(other, true), rest);
+}
+
+TEST(Engine, PinnedThreadsGiveTheSameBits) {
+  const auto ids = golden("prose_129")["ids"].get<std::vector<int32_t>>();
+  const int before = available_processors();
+  Engine free = make_engine({.context = 256}), pinned = make_engine({.context = 256, .pin = true});
+  Session a(free), b(pinned);
+  a.feed(ids), b.feed(ids);
+  EXPECT_TRUE(std::equal(a.logits().begin(), a.logits().end(), b.logits().begin()));
+  EXPECT_EQ(available_processors(), before);  // the calling thread is free again
+  EXPECT_THROW(make_engine({.threads = 4096, .pin = true}), Error);
+}
+
 TEST(Engine, SessionsOfOneStepDoNotSeeEachOther) {
   Engine engine = make_engine({.context = 256, .sessions = 4});
   Engine alone = make_engine({.context = 256});

@@ -11,7 +11,7 @@ namespace kl {
 namespace {
 
 constexpr char kMagic[8] = {'K', 'L', 'S', 'E', 'S', 'S', '\r', '\n'};  // a change of line ends breaks it
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;                                        // 1 had no draws
 
 struct Header {
   char magic[8];
@@ -22,8 +22,9 @@ struct Header {
   uint64_t tokens;
   uint64_t vocab_size;
   uint64_t state_bytes;
+  uint64_t draws;
 };
-static_assert(sizeof(Header) == 56, "the header is written as it lies in memory");
+static_assert(sizeof(Header) == 64, "the header is written as it lies in memory");
 
 constexpr size_t kChecksumBytes = sizeof(uint64_t);
 
@@ -35,13 +36,14 @@ uint64_t bytes_of_state(const Config& c, uint64_t tokens, DType latent) {
   return static_cast<uint64_t>(state_bytes(c, static_cast<int64_t>(tokens), rows).total());
 }
 
-Header make_header(const Model& model, const State& state, size_t tokens) {
+Header make_header(const Model& model, const State& state, size_t tokens, uint64_t draws) {
   const DType latent = state.options().latent_dtype;
   Header h = {.version = kVersion, .latent_bits = bits_of(latent), .tokens = tokens};
   std::memcpy(h.magic, kMagic, sizeof kMagic);
   h.fingerprint = fingerprint(model);
   h.vocab_size = static_cast<uint64_t>(model.config.vocab_size);
   h.state_bytes = bytes_of_state(model.config, tokens, latent);
+  h.draws = draws;
   h.file_bytes = sizeof h + 4 * h.tokens + 4 * h.vocab_size + h.state_bytes + kChecksumBytes;
   return h;
 }
@@ -94,7 +96,7 @@ void check_contents(std::span<const std::byte> bytes, const std::string& name, c
 }  // namespace
 
 void write_session_file(const std::string& path, const Model& model, const State& state, int slot,
-                        std::span<const int32_t> tokens, std::span<const float> logits) {
+                        std::span<const int32_t> tokens, std::span<const float> logits, uint64_t draws) {
   KL_CHECK(!tokens.empty(), "cannot write ", path, ": the session is empty");
   KL_CHECK(static_cast<int64_t>(tokens.size()) == state.length(slot), "cannot write ", path, ": ",
            tokens.size(), " tokens, but ", state.length(slot), " in the state");
@@ -106,7 +108,7 @@ void write_session_file(const std::string& path, const Model& model, const State
     hash.update(data, bytes);
     file.write(data, bytes);
   };
-  const Header header = make_header(model, state, tokens.size());
+  const Header header = make_header(model, state, tokens.size(), draws);
   write(&header, sizeof header);
   write(tokens.data(), tokens.size_bytes());
   write(logits.data(), logits.size_bytes());
@@ -126,6 +128,7 @@ SavedSequence parse_session(std::span<const std::byte> bytes, const std::string&
     from += size;
   };
   SavedSequence saved;
+  saved.draws = h.draws;
   saved.tokens.resize(h.tokens);
   read(saved.tokens.data(), 4 * h.tokens);
   for (const int32_t id : saved.tokens) {

@@ -1,6 +1,6 @@
 // Session files: one sequence, as it is between two forward passes, on disk.
 //
-//   header       magic, version, type of the latents, fingerprint of the model, sizes
+//   header       magic, version, type of the latents, fingerprint of the model, sizes, draws made so far
 //   tokens       i32 each
 //   logits       after the last token, f32 [vocab]
 //   state        layer by layer: KDA states and convolution states f32, or the latent rows in use
@@ -20,13 +20,15 @@
 namespace kl {
 
 // Writes the sequence in `slot` of `state`: `tokens` have been through the model, `logits` are those after
-// the last. Throws kl::Error with the path and the reason.
+// the last, `draws` is the position in the stream of random draws. The seed is not in the file: whoever goes
+// on chooses it, and the same one goes on with the same draws. Throws kl::Error with the path and the reason.
 void write_session_file(const std::string& path, const Model&, const State& state, int slot,
-                        std::span<const int32_t> tokens, std::span<const float> logits);
+                        std::span<const int32_t> tokens, std::span<const float> logits, uint64_t draws);
 
 struct SavedSequence {
   std::vector<int32_t> tokens;
   std::vector<float> logits;
+  uint64_t draws = 0;
 };
 
 // Makes the sequence of a file that of `slot`. Throws kl::Error that names what was found and expected if the

@@ -56,8 +56,9 @@ struct Sequence {
 class SessionFile : public ::testing::Test {
  protected:
   static constexpr int64_t kTokens = 21;
+  static constexpr uint64_t kDraws = 0x0102030405060708u;
   SessionFile() : model(tiny(folder, {})), saved(model.config, options, kTokens, 1) {
-    write_session_file(path, model, saved.state, saved.slot, saved.ids, saved.logits);
+    write_session_file(path, model, saved.state, saved.slot, saved.ids, saved.logits, kDraws);
     file = bytes_of_file(path);
   }
   // The message with which these bytes are refused; "" if they are taken. Checks that a refusal changes
@@ -105,6 +106,7 @@ TEST_F(SessionFile, ComesBackAsItWas) {
     const SavedSequence read = read_session_file(path, model, state, slot);
     EXPECT_EQ(read.tokens, saved.ids);
     EXPECT_EQ(read.logits, saved.logits);
+    EXPECT_EQ(read.draws, kDraws);
     EXPECT_EQ(state.length(slot), kTokens);
     EXPECT_EQ(bytes_of_state(state, slot), bytes_of_state(saved.state, saved.slot));
   }
@@ -113,14 +115,14 @@ TEST_F(SessionFile, ComesBackAsItWas) {
 TEST_F(SessionFile, HoldsOnlyTheRowsInUse) {
   const StateOptions rows = {.page_size = 1};
   const auto state = static_cast<size_t>(state_bytes(model.config, kTokens, rows).total());
-  EXPECT_EQ(file.size(), 56 + 4 * kTokens + 4 * saved.logits.size() + state + 8);
+  EXPECT_EQ(file.size(), 64 + 4 * kTokens + 4 * saved.logits.size() + state + 8);
 }
 
 TEST_F(SessionFile, HalfPrecisionLatentsComeBackAndDoNotMix) {
   StateOptions half = options;
   half.latent_dtype = DType::bf16;
   Sequence sequence(model.config, half, kTokens, 3), other(model.config, half, 2, 4);
-  write_session_file(path, model, sequence.state, sequence.slot, sequence.ids, sequence.logits);
+  write_session_file(path, model, sequence.state, sequence.slot, sequence.ids, sequence.logits, 0);
   read_session_file(path, model, other.state, other.slot);
   EXPECT_EQ(bytes_of_state(other.state, other.slot), bytes_of_state(sequence.state, sequence.slot));
   EXPECT_NE(refusal(bytes_of_file(path), model).find("16 bits a value, expected 32"), std::string::npos);
@@ -151,7 +153,7 @@ TEST_F(SessionFile, NumbersAreCheckedEvenIfTheChecksumFits) {
   const auto found = [](const std::string& message, const char* part) {
     return message.find(part) != std::string::npos;
   };
-  EXPECT_TRUE(found(refusal_with_checksum(with(8, uint32_t{2})), "version 2, expected 1"));
+  EXPECT_TRUE(found(refusal_with_checksum(with(8, uint32_t{1})), "version 1, expected 2"));
   EXPECT_TRUE(found(refusal_with_checksum(with(12, uint32_t{16})), "16 bits a value, expected 32"));
   EXPECT_TRUE(found(refusal_with_checksum(with(16, uint64_t{1})), "another model"));
   EXPECT_TRUE(found(refusal_with_checksum(with(24, uint64_t{1})), "cut or damaged"));
@@ -161,13 +163,14 @@ TEST_F(SessionFile, NumbersAreCheckedEvenIfTheChecksumFits) {
   EXPECT_TRUE(found(refusal_with_checksum(with(32, uint64_t{kTokens + 1})), "bytes of state"));
   EXPECT_TRUE(found(refusal_with_checksum(with(40, ~uint64_t{0})), "logits of"));
   EXPECT_TRUE(found(refusal_with_checksum(with(48, uint64_t{7})), "bytes of state"));
-  EXPECT_TRUE(found(refusal_with_checksum(with(56, int32_t{-1})), "token id -1"));
-  EXPECT_TRUE(found(refusal_with_checksum(with(60, int32_t{50})), "token id 50"));
-  EXPECT_EQ(refusal_with_checksum(with(60, int32_t{49})), "");  // the change itself is fine
+  EXPECT_TRUE(found(refusal_with_checksum(with(64, int32_t{-1})), "token id -1"));
+  EXPECT_TRUE(found(refusal_with_checksum(with(68, int32_t{50})), "token id 50"));
+  EXPECT_EQ(refusal_with_checksum(with(68, int32_t{49})), "");   // the change itself is fine
+  EXPECT_EQ(refusal_with_checksum(with(56, ~uint64_t{0})), "");  // any number of draws is one
 }
 
 RC_GTEST_FIXTURE_PROP(SessionFile, RandomBytesAreRefused, (std::vector<uint8_t> bytes, bool magic)) {
-  if (magic) bytes.insert(bytes.begin(), {'K', 'L', 'S', 'E', 'S', 'S', '\r', '\n', 1, 0, 0, 0, 32, 0, 0, 0});
+  if (magic) bytes.insert(bytes.begin(), {'K', 'L', 'S', 'E', 'S', 'S', '\r', '\n', 2, 0, 0, 0, 32, 0, 0, 0});
   RC_ASSERT(refusal(std::as_bytes(std::span(bytes)), model) != "");
 }
 
@@ -190,7 +193,7 @@ TEST_F(SessionFile, AModelInSeveralFilesIsTheSame) {
 TEST_F(SessionFile, OnlyWholeSequencesAreWritten) {
   const std::span<const int32_t> ids(saved.ids);
   const auto write = [&](std::span<const int32_t> tokens, std::span<const float> logits) {
-    write_session_file(path, model, saved.state, saved.slot, tokens, logits);
+    write_session_file(path, model, saved.state, saved.slot, tokens, logits, 0);
   };
   EXPECT_THROW(write({}, saved.logits), Error);
   EXPECT_THROW(write(ids.first(5), saved.logits), Error);

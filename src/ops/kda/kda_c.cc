@@ -34,6 +34,9 @@ Tensor tensor_from_c(const char* name, const kda_tensor& c, Device device) {
   t.dtype = dtype_from_c(name, c.dtype);
   t.device = device;
   t.rank = c.rank;
+  const size_t past = reinterpret_cast<uintptr_t>(c.data) % size_of(t.dtype);
+  KL_CHECK(past == 0, "kda ", name, ".data: expected an address aligned to ", size_of(t.dtype),
+           " bytes, found one that is ", past, " past it");
   for (int d = 0; d < c.rank; ++d) {
     const size_t i = static_cast<size_t>(d);
     KL_CHECK(c.shape[d] >= 0, "kda ", name, ".shape[", d, "]: expected at least 0, found ", c.shape[d]);

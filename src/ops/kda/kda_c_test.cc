@@ -109,6 +109,8 @@ TEST(KdaC, MistakesAreRefusedInWords) {
   EXPECT_EQ(refuses([](kda_args& a) { a.v.rank = 5; }), "kda v.rank: expected 1 to 4, found 5");
   EXPECT_EQ(refuses([](kda_args& a) { a.g.shape[0] = -1; }), "kda g.shape[0]: expected at least 0, found -1");
   EXPECT_EQ(refuses([](kda_args& a) { a.threads = -1; }), "kda threads: expected 0 to 1024, found -1");
+  EXPECT_EQ(refuses([](kda_args& a) { a.k.data = static_cast<char*>(a.k.data) + 2; }),
+            "kda k.data: expected an address aligned to 4 bytes, found one that is 2 past it");
   EXPECT_EQ(refuses([](kda_args& a) { a.k.shape[2] = 4; }),
             "kda k: expected shape [5, 2, 8], found [5, 2, 4]");
 }

@@ -42,6 +42,11 @@ class Sampler {
   // What sample() would draw from: the tokens that are left, ids ascending, probabilities of sum 1.
   std::vector<TokenProbability> distribution(std::span<const float> logits) const;
 
+  // How often sample() has drawn from this stream (greedy choices draw nothing). A sampler with the same seed
+  // that has seen the same tokens and is told this number goes on as this one would.
+  uint64_t draws() const { return draws_; }
+  void continue_after(uint64_t draws) { draws_ = draws; }
+
  private:
   bool has_penalties() const;
   std::vector<float> penalised(std::span<const float> logits) const;
