@@ -5,7 +5,7 @@
 #
 #   tools/gpu_check.sh [--build DIR] [--logs DIR] [--tests | --bench] [--sanitize] [--peers [SECONDS]]
 #
-#   --tests      tests and checks only          --bench    benchmarks only
+#   --tests      tests, checks and the relatives' times only          --bench    benchmarks only
 #   --sanitize   compute-sanitizer's memcheck on a reduced set of tests, instead of everything else
 #   --peers      also tools/bench_peers.py --quick, within SECONDS (95)
 #
@@ -79,13 +79,15 @@ else
     grep -E 'FAILED' "$logs/kda_cuda_bench_check.log" 2>/dev/null
     grep -E 'T 1048576|alone or in a pack' "$logs/kda_cuda_bench_check.log" 2>/dev/null
   fi
+  run "relatives_cuda_bench" ' H' "$build/relatives_cuda_bench"
+  figures "relatives_cuda_bench"
   if [ $bench = 1 ]; then
-    run "relatives_cuda_bench" ' H' "$build/relatives_cuda_bench"
     run "kda_cuda_bench time" 'geomean' "$build/kda_cuda_bench" time
     run "kda_decode_cuda_bench B1 H32" 'tiles|step' "$build/kda_decode_cuda_bench" "B1 H32 D128 T1 "
     run "kda_decode_cuda_bench B256 H32" 'step|replay' "$build/kda_decode_cuda_bench" "B256 H32 D128 T1 [K,V] f32"
-    for name in "relatives_cuda_bench" "kda_cuda_bench time" "kda_decode_cuda_bench B1 H32" \
-      "kda_decode_cuda_bench B256 H32"; do figures "$name"; done
+    for name in "kda_cuda_bench time" "kda_decode_cuda_bench B1 H32" "kda_decode_cuda_bench B256 H32"; do
+      figures "$name"
+    done
   fi
   if [ "$peers" != 0 ]; then
     library=$(ls "$build"/libkda.so.?.* "$build"/libkda.so 2>/dev/null | head -n 1)

@@ -57,7 +57,7 @@ int run(const char* filter) {
   std::printf("%s, portable kernels, one sequence, D 128, bf16 rows\n%-14s %12s %12s %12s %12s %12s\n",
               testing::device_name().c_str(), "shape", "KDA ms", "DPLR", "delta net", "linear", "DPLR / KDA");
   for (const auto& [T, H] : {std::pair<int64_t, int64_t>{4096, 16}, {8192, 16}, {16384, 16}, {8192, 96}}) {
-    const std::string name = "T" + std::to_string(T) + " H" + std::to_string(H);
+    const std::string name = cat("T", T, " H", H);
     if (std::strstr(name.c_str(), filter) == nullptr) continue;
     std::vector<Rows> rows;
     const double bytes = 2. * static_cast<double>(T * H * D) * 8;

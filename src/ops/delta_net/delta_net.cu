@@ -135,7 +135,10 @@ KL_DEVICE void multiply_pairs(Shared<KP>& s) {
       ldmatrix_x4(b[half],
                   smem_address(&s.k.half[half][lane % 8 + lane / 16 * 8][first + c + lane / 8 % 2 * 8]));
     }
-    mma_halves(d, a[0], a[1], n ? b[0] + 2 : b[0], n ? b[1] + 2 : b[1]);
+    // Chosen element by element: a pointer into the array would move it out of registers.
+    const uint32_t hi[2] = {n ? b[0][2] : b[0][0], n ? b[0][3] : b[0][1]},
+                   lo[2] = {n ? b[1][2] : b[1][0], n ? b[1][3] : b[1][1]};
+    mma_halves(d, a[0], a[1], hi, lo);
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e)

@@ -116,15 +116,8 @@ struct Problem {
     fill(A_log.tensor, Fill::log_uniform, seed + 6, 1, 16);
     fill(dt_bias.tensor, Fill::inverse_softplus, seed + 7, 1e-3, 0.1);
     fill(g.tensor, Fill::normal, seed + 8);
-    args = {.q = q.tensor,
-            .k = k.tensor,
-            .v = v.tensor,
-            .g = g.tensor,
-            .beta = beta.tensor,
-            .cu_seqlens = cu.tensor,
-            .out = out.tensor,
-            .state = state.tensor,
-            .slot = slot.tensor};
+    args.q = q.tensor, args.k = k.tensor, args.v = v.tensor, args.g = g.tensor, args.beta = beta.tensor;
+    args.cu_seqlens = cu.tensor, args.out = out.tensor, args.state = state.tensor, args.slot = slot.tensor;
     args.beta_kind = c.beta_kind, args.l2norm = c.l2norm, args.state_v_first = c.v_first;
     args.gate = {.kind = KdaGateKind::log_decay, .A_log = {}, .dt_bias = {}};
     switch (c.gate) {
