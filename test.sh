@@ -61,8 +61,9 @@ if [ $quick = 0 ]; then
   nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
   if [ -n "$nvcc" ]; then
     say "CUDA build (no GPU needed)"
-    check "CUDA kernels compile and link" build cuda ops_kda_tests ops_act_tests ops_norm_tests kda kda_cuda_bench \
-      kda_decode_cuda_bench -- -DKL_TESTS=ON -DCMAKE_CUDA_COMPILER="$nvcc"
+    check "CUDA kernels compile and link" build cuda ops_kda_tests ops_delta_net_tests ops_dplr_tests \
+      ops_linear_attention_tests ops_act_tests ops_norm_tests kda kda_cuda_bench kda_decode_cuda_bench \
+      relatives_cuda_bench -- -DKL_TESTS=ON -DCMAKE_CUDA_COMPILER="$nvcc"
   else
     say "CUDA build left out: no nvcc here"
   fi

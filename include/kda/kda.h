@@ -30,7 +30,7 @@ extern "C" {
 
 /* The library's version of this interface. Minor versions add fields at the end of structs and functions. */
 #define KDA_ABI_MAJOR 1
-#define KDA_ABI_MINOR 0
+#define KDA_ABI_MINOR 1
 KDA_API uint32_t kda_abi_version(void); /* major << 16 | minor */
 
 typedef enum kda_status {
@@ -96,6 +96,12 @@ typedef struct kda_args {
    * done. */
   void* workspace;
   uint64_t workspace_bytes;
+
+  /* Since 1.1. KDA_CUDA: the bits of a sequence do not depend on what else is in the batch. Costs speed where
+   * kernels are chosen, or sequences cut, by the size of a batch. Calls with checkpoints and without differ.
+   */
+  int32_t batch_invariant;
+  int32_t reserved; /* 0 */
 } kda_args;
 
 /* Clears `args` and sets struct_size and the defaults: CPU, softplus gate, beta a logit, l2norm with 1e-6,

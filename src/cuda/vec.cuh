@@ -48,6 +48,12 @@ KL_DEVICE void store2(bf16* p, float2 v) { *reinterpret_cast<uint32_t*>(p) = pac
 KL_DEVICE void store4(float* p, float4 v) { *reinterpret_cast<float4*>(p) = v; }
 KL_DEVICE void store4(bf16* p, float4 v) { *reinterpret_cast<uint2*>(p) = pack_bf16x4(v); }
 
+// Four channels from `first` (a multiple of 4) on.
+KL_DEVICE void load_channels(float (&x)[4], const float* channels, int first) {
+  const float4 four = load4(channels + first);
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+
 // True if every row of `t` can be moved four elements at a time; its last dimension is contiguous.
 inline bool in_fours(const Tensor& t) {
   for (int d = 0; d + 1 < t.rank; ++d)

@@ -115,9 +115,8 @@ void check_device(const Problem& p, Device expected) {
 }
 
 void fail_without_cuda(std::string_view op) {
-  detail::fail(cat(op,
-                   ": expected tensors on the cpu, found them on the cuda device, for which this operator "
-                   "has no kernels"));
+  detail::fail(
+      cat(op, ": the tensors are on a GPU, but this build has no CUDA kernels (configure with KL_CUDA=ON)"));
 }
 
 double bytes_moved(const Problem& p, std::initializer_list<Tensor> gates) {

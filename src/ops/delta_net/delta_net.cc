@@ -3,6 +3,9 @@
 
 #include "ops/delta_net/delta_net_head.h"
 #include "recurrence/decay.h"
+#ifdef KL_CUDA
+#include "ops/delta_net/delta_net_cuda.h"
+#endif
 
 namespace kl {
 namespace delta_net {
@@ -50,7 +53,14 @@ void run(Ctx& ctx, const DeltaNetArgs& args, std::string_view name, double flops
       const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.g, args.beta}), flops);
       return recurrence::for_each_head(ctx.pool, problem, [&](const Head& h) { work(args, h); });
     }
-    case Device::cuda: recurrence::fail_without_cuda(problem.op);
+    case Device::cuda: {
+#ifdef KL_CUDA
+      const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.g, args.beta}), flops);
+      return cuda::delta_net_chunks(ctx, args);  // decode too: a token is a short chunk
+#else
+      recurrence::fail_without_cuda(problem.op);
+#endif
+    }
   }
 }
 

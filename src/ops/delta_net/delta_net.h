@@ -6,7 +6,7 @@
 // gate in all channels. T tokens of N packed sequences; sequence n owns rows [cu_seqlens[n],
 // cu_seqlens[n+1]). H query/key heads serve Hv value heads (Hv a multiple of H; value head h reads query/key
 // head h / (Hv / H)). Correct for any gate from 0 to -inf a step, any length including zero, any K and V up
-// to 256. CPU.
+// to 256.
 #pragma once
 
 #include "base/context.h"
@@ -34,7 +34,7 @@ enum class DeltaNetBeta {
 };
 
 struct DeltaNetArgs {
-  Tensor q, k;        // [T, H, K]   f32|bf16 (f64 too, here and below, where f32 may stand)
+  Tensor q, k;        // [T, H, K]   f32|bf16 (on the CPU f64 too, here and below, where f32 may stand)
   Tensor v;           // [T, Hv, V]  f32|bf16
   Tensor g;           // [T, Hv]     f32|bf16, read as `gate` says; absent: no gate
   Tensor beta;        // [T, Hv]     f32|bf16, read as `beta_kind` says
@@ -53,9 +53,10 @@ struct DeltaNetArgs {
   float scale = 0.f;  // 0: K^-0.5
 };
 
-// Any lengths: the chunkwise algorithm, in f32 where beta cannot pass 1.
+// Any lengths: the chunkwise algorithm. CPU: in f32 where beta cannot pass 1. CUDA: f32 beside products of
+// bf16 halves, which leave some 1e-5.
 void delta_net_prefill(Ctx&, const DeltaNetArgs&);
-// Short sequences: one step of the recurrence after another, in f32.
+// Short sequences. CPU: one step of the recurrence after another, in f32. CUDA: as above.
 void delta_net_decode(Ctx&, const DeltaNetArgs&);
 
 // The definition: the recurrence, token by token, as it is written above (delta_net_ref.cc).

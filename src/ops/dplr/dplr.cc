@@ -3,6 +3,9 @@
 
 #include "ops/dplr/dplr_head.h"
 #include "recurrence/decay.h"
+#ifdef KL_CUDA
+#include "ops/dplr/dplr_cuda.h"
+#endif
 
 namespace kl {
 namespace dplr {
@@ -49,7 +52,15 @@ void run(Ctx& ctx, const DplrArgs& args, std::string_view name, double flops, Wo
                              flops);
       return recurrence::for_each_head(ctx.pool, problem, [&](const Head& h) { work(args, h); });
     }
-    case Device::cuda: recurrence::fail_without_cuda(problem.op);
+    case Device::cuda: {
+#ifdef KL_CUDA
+      const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.a, args.b, args.g}),
+                             flops);
+      return cuda::dplr_chunks(ctx, args);  // decode too: a token is a short chunk
+#else
+      recurrence::fail_without_cuda(problem.op);
+#endif
+    }
   }
 }
 

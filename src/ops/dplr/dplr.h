@@ -13,7 +13,7 @@
 // Nothing is normalised: q, k, a and b are used as they come, and the caller sees to it that the transition
 // does not amplify. T tokens of N packed sequences; sequence n owns rows [cu_seqlens[n], cu_seqlens[n+1]).
 // All heads have their own q, k, a, b, v. Correct for any gate from 0 to -inf a step, any length including
-// zero, any K and V up to 256. CPU.
+// zero, any K and V up to 256.
 #pragma once
 
 #include "base/context.h"
@@ -23,7 +23,7 @@
 namespace kl {
 
 struct DplrArgs {
-  Tensor q, k, a, b;  // [T, H, K]  f32|bf16 (f64 too, here and below, where f32 may stand)
+  Tensor q, k, a, b;  // [T, H, K]  f32|bf16 (on the CPU f64 too, here and below, where f32 may stand)
   Tensor v;           // [T, H, V]  f32|bf16
   Tensor g;           // [T, H, K]  f32|bf16, log-decay, at most 0
   Tensor cu_seqlens;  // [N + 1]    i32|i64, ascending from 0 to T
@@ -37,9 +37,9 @@ struct DplrArgs {
   float scale = 0.f;  // 0: K^-0.5
 };
 
-// Any lengths: the chunkwise algorithm in f32.
+// Any lengths: the chunkwise algorithm in f32; on CUDA beside products of bf16 halves, which leave some 1e-5.
 void dplr_prefill(Ctx&, const DplrArgs&);
-// Short sequences: one step of the recurrence after another, in f32.
+// Short sequences. CPU: one step of the recurrence after another, in f32. CUDA: as above.
 void dplr_decode(Ctx&, const DplrArgs&);
 
 // The definition: the recurrence, token by token, as it is written above (dplr_ref.cc).

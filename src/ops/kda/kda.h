@@ -59,6 +59,10 @@ struct KdaArgs {
   bool l2norm = true;  // q and k are first divided by sqrt(sum of squares + l2_eps)
   float l2_eps = 1e-6f;
   float scale = 0.f;  // 0: K^-0.5
+  // CUDA: the bits of a sequence depend on its own rows and on the call's tensors by their shape alone, not
+  // on what else is in the batch. Costs speed where kernels are chosen, or sequences cut, by the size of a
+  // batch. Calls with checkpoints and calls without still differ.
+  bool batch_invariant = false;
 
   // CUDA, prefill: memory of the operator until the work is done, at least kda_workspace_bytes() of it,
   // 256-byte aligned.

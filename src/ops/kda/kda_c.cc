@@ -76,6 +76,7 @@ KdaArgs args_from_c(const kda_args& c) {
   a.state_v_first = c.state_v_first != 0;
   a.l2norm = c.l2norm != 0;
   a.l2_eps = c.l2_eps, a.scale = c.scale;
+  a.batch_invariant = c.batch_invariant != 0;
   if (c.workspace != nullptr)
     a.workspace = Tensor(c.workspace, DType::u8, {static_cast<int64_t>(c.workspace_bytes)}, device);
   return a;

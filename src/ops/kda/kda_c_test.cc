@@ -86,8 +86,10 @@ TEST(KdaC, WorkspaceOfTheCpuIsNothing) {
 TEST(KdaC, OlderCallersKnowFewerFields) {
   Problem problem;
   kda_args a = problem.c();
-  a.struct_size = offsetof(kda_args, workspace);
-  EXPECT_EQ(kda_decode(&a), KDA_OK) << kda_last_error();
+  for (const size_t size : {offsetof(kda_args, workspace), offsetof(kda_args, batch_invariant)}) {
+    a.struct_size = static_cast<uint32_t>(size);
+    EXPECT_EQ(kda_decode(&a), KDA_OK) << kda_last_error();
+  }
 }
 
 TEST(KdaC, MistakesAreRefusedInWords) {

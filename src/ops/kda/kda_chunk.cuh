@@ -20,6 +20,7 @@ namespace kl::cuda {
 
 constexpr int kChunkTokens = 16;
 constexpr int kMinSegmentChunks = 8;
+constexpr int kMostSegments = 256;       // of a sequence, however uneven the batch is
 constexpr int kProbeChunks = 4;          // of a transition item before anybody asks whether it may end
 constexpr float kNegligible = 0x1p-24f;  // of the norm of M
 
@@ -37,7 +38,7 @@ struct PrefillParams {
   KdaBeta beta_kind;
   bool l2norm;
   float l2_eps, scale;
-  int segment_chunks;  // a sequence of n chunks has ceil(n / segment_chunks) segments
+  int segment_chunks;  // a sequence of n chunks has ceil(n / segment_chunks) segments, up to kMostSegments
 
   // Workspace; all but `next_item` null where no sequence can have two segments.
   int* next_item;  // zero before the kernel, where no sequence can have two segments
@@ -81,7 +82,7 @@ KL_DEVICE int chunks_of(int64_t length) {  // an empty sequence has one chunk wi
   return length > 0 ? static_cast<int>((length + kChunkTokens - 1) / kChunkTokens) : 1;
 }
 KL_DEVICE int segments_of(const PrefillParams& p, int chunks) {
-  return (chunks + p.segment_chunks - 1) / p.segment_chunks;
+  return min((chunks + p.segment_chunks - 1) / p.segment_chunks, kMostSegments);
 }
 
 // Lane-parallel walk over the sequences, by a whole warp. Calls f(lane's sequence or -1, begin, length,

@@ -35,7 +35,7 @@ struct KdaCase {
   KdaBeta beta = KdaBeta::sigmoid;
   bool l2norm = true;
   bool equal_keys = false;  // all keys of a head the same, beta near 1
-  float scale = 0;
+  float scale = 0, l2_eps = 1e-6f;
   DType rows = DType::bf16;   // of q, k, v and out
   DType gates = DType::bf16;  // of g and beta
   DType state = DType::f32;
@@ -253,7 +253,7 @@ struct KdaProblem {
     a.beta_kind = c.beta;
     a.state_v_first = c.v_first;
     a.l2norm = c.l2norm;
-    a.scale = c.scale;
+    a.scale = c.scale, a.l2_eps = c.l2_eps;
     return a;
   }
 };

@@ -237,6 +237,12 @@ TEST(KdaPrefillCuda, BetaScaleNormAndBf16Pool) {
     }
 }
 
+TEST(KdaPrefillCuda, NoEpsilon) {
+  KL_NEEDS_GPU();
+  // Tokens past the end of the last chunk are 0 and have no length to be divided by.
+  expect_right(cuda::kda_prefill_chunks, {.lengths = {37, 5}, .l2_eps = 0}, kBf16Out, kChunked);
+}
+
 TEST(KdaPrefillCuda, EqualKeysWithoutDecay) {
   KL_NEEDS_GPU();
   // The state forgets only through the keys, all equal, with beta near 1: an inverse in half precision fails
@@ -254,6 +260,58 @@ TEST(KdaPrefillCuda, LongSequenceWithWeakDecay) {
   KL_NEEDS_GPU();
   const KdaCase c{.lengths = {3000}, .H = 1, .Hv = 1, .decay = testing::gpu::Decay::weak, .rows = DType::f32};
   expect_right(cuda::kda_prefill_chunks, c, 2 * kChunked, 2 * kChunked);
+}
+
+// With batch_invariant, through the doors: each sequence of a pack alone, bit for bit.
+void expect_packed_equals_alone(void (*door)(Ctx&, const KdaArgs&), const KdaCase& c) {
+  SCOPED_TRACE(c.name());
+  KdaProblem problem(c);
+  Ctx ctx = cuda_ctx();
+  const auto run = [&](KdaArgs a) {
+    a.batch_invariant = true;
+    const cuda::DeviceTensor workspace = cuda::device_tensor(DType::u8, {kda_workspace_bytes(a)});
+    a.workspace = workspace.tensor;
+    door(ctx, a);
+    KL_CUDA_CHECK(cudaDeviceSynchronize(), "running a case");
+  };
+  run(problem.device_args());
+  const OwnedTensor out = cuda::to_host(problem.out.device_memory.tensor);
+  const OwnedTensor pool = cuda::to_host(problem.state.device_memory.tensor);
+  problem.reset_device();
+  int64_t begin = 0;
+  for (size_t n = 0; n < c.lengths.size(); begin += c.lengths[n++]) {
+    int32_t ends[2] = {0, c.lengths[n]};
+    const cuda::DeviceTensor cu = cuda::to_device(Tensor(ends, DType::i32, {2}));
+    KdaArgs a = problem.device_args();
+    for (Tensor* t : {&a.q, &a.k, &a.v, &a.g, &a.beta, &a.out}) *t = t->slice(0, begin, begin + c.lengths[n]);
+    const int64_t sequence = static_cast<int64_t>(n);
+    a.cu_seqlens = cu.tensor, a.slot = a.slot.slice(0, sequence, sequence + 1);
+    run(a);
+  }
+  EXPECT_TRUE(testing::same_bits(out.tensor, cuda::to_host(problem.out.device_memory.tensor).tensor));
+  EXPECT_TRUE(testing::same_bits(pool.tensor, cuda::to_host(problem.state.device_memory.tensor).tensor));
+}
+
+TEST(KdaBatchInvariantCuda, PrefillAloneEqualsPacked) {
+  KL_NEEDS_GPU();
+  for (const KdaGateKind gate : {KdaGateKind::softplus, KdaGateKind::bounded})
+    for (const int K : {128, 100}) {  // the Hopper kernel and the portable one
+      KdaCase c{.lengths = {2100, 1, 0, 17, 700, 5000}, .K = K, .V = K, .gate = gate};
+      expect_packed_equals_alone(kda_prefill, c);
+      c.H = c.Hv = 17, c.lengths = {1500, 1, 0, 17, 300};  // weak gates are not cut with so many heads
+      expect_packed_equals_alone(kda_prefill, c);
+    }
+}
+
+TEST(KdaBatchInvariantCuda, ShortSequencesAloneEqualPacked) {
+  KL_NEEDS_GPU();
+  // Enough of them that the batch as a whole would be stepped through, a long one alone would not; and that
+  // decode would take the pipeline.
+  std::vector<int> lengths(150, 1);
+  lengths[40] = 100;
+  for (const int K : {128, 100})
+    expect_packed_equals_alone(kda_prefill, {.lengths = lengths, .H = 4, .Hv = 4, .K = K, .V = K});
+  expect_packed_equals_alone(kda_decode, {.lengths = std::vector<int>(150, 1), .H = 4, .Hv = 4});
 }
 
 }  // namespace

@@ -180,7 +180,9 @@ void kda_decode_tiles(const Ctx& ctx, const KdaArgs& a) {
 }
 
 void kda_decode(const Ctx& ctx, const KdaArgs& a) {
-  kda_decode_pipeline_pays(a) ? kda_decode_pipeline(ctx, a) : kda_decode_tiles(ctx, a);
+  // The two add up the squares of q and k in different orders, so a choice by the batch would show in the
+  // bits.
+  !a.batch_invariant&& kda_decode_pipeline_pays(a) ? kda_decode_pipeline(ctx, a) : kda_decode_tiles(ctx, a);
 }
 
 }  // namespace kl::cuda

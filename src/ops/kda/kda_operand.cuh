@@ -1,123 +1,10 @@
-// What every KDA kernel reads its operands with: strided f32|bf16 views, cu_seqlens of either width, the gate
-// and the write strength. Element types of operands are decided at run time: a branch that the whole grid
-// takes alike costs one instruction, and saves sixteen copies of each kernel.
+// What every KDA kernel reads its operands with: those of cuda/operand.cuh, the gate and the write strength.
 #pragma once
 
-#include "cuda/vec.cuh"
+#include "cuda/operand.cuh"
 #include "ops/kda/kda.h"
 
 namespace kl::cuda {
-
-// [T, H, X] or [T, H], innermost contiguous, f32 or bf16.
-struct Operand {
-  void* data;
-  int64_t token_stride, head_stride;  // in elements
-  bool is_bf16;
-};
-inline Operand operand(const Tensor& t) {
-  return {t.data, t.stride[0], t.rank > 2 ? t.stride[1] : 1, t.dtype == DType::bf16};
-}
-
-// Where element (token, head, 0) stands, counted in elements.
-KL_DEVICE int64_t offset_of(const Operand& t, int64_t token, int64_t head) {
-  return token * t.token_stride + head * t.head_stride;
-}
-KL_DEVICE float load_element(const Operand& t, int64_t i) {
-  return t.is_bf16 ? to_float(static_cast<const bf16*>(t.data)[i]) : static_cast<const float*>(t.data)[i];
-}
-
-// Elements on their way: what was loaded, not yet looked at. Converting at once would make a warp wait for
-// each load before it issues the next; so loads come first, then value_of().
-struct RawElement {
-  uint32_t bits = 0;
-};
-KL_DEVICE RawElement load_raw(const Operand& t, int64_t i) {
-  return {t.is_bf16 ? static_cast<const uint16_t*>(t.data)[i] : static_cast<const uint32_t*>(t.data)[i]};
-}
-KL_DEVICE float value_of(const Operand& t, RawElement raw) {
-  return __uint_as_float(raw.bits << (t.is_bf16 ? 16 : 0));
-}
-
-KL_DEVICE void store_element(const Operand& t, int64_t i, float x) {
-  if (t.is_bf16)
-    static_cast<bf16*>(t.data)[i] = from_float<bf16>(x);
-  else
-    static_cast<float*>(t.data)[i] = x;
-}
-
-// kCount (2 or 4) neighbours from element i on. kFull: aligned and all inside the row; otherwise the first
-// `valid` are loaded (any int, at most 0 for none) and the rest are 0.
-template <int kCount, bool kFull>
-struct RawRun {
-  uint32_t bits[kCount] = {};
-};
-template <int kCount, bool kFull>
-KL_DEVICE RawRun<kCount, kFull> load_raw_run(const Operand& t, int64_t i, int valid) {
-  RawRun<kCount, kFull> raw;
-  if constexpr (!kFull) {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (e < valid) raw.bits[e] = load_raw(t, i + e).bits;
-  } else if constexpr (kCount == 2) {
-    if (t.is_bf16) {
-      raw.bits[0] = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(t.data) + i);
-    } else {
-      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const float*>(t.data) + i);
-      raw.bits[0] = x.x, raw.bits[1] = x.y;
-    }
-  } else {
-    if (t.is_bf16) {
-      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(t.data) + i);
-      raw.bits[0] = x.x, raw.bits[1] = x.y;
-    } else {
-      const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const float*>(t.data) + i);
-      raw.bits[0] = x.x, raw.bits[1] = x.y, raw.bits[2] = x.z, raw.bits[3] = x.w;
-    }
-  }
-  return raw;
-}
-template <int kCount, bool kFull>
-KL_DEVICE void values_of(float (&x)[kCount], const Operand& t, const RawRun<kCount, kFull>& raw) {
-  if constexpr (!kFull) {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) x[e] = value_of(t, {raw.bits[e]});
-  } else {
-#pragma unroll
-    for (int e = kCount - 1; e >= 0; --e) {
-      const uint32_t pair = raw.bits[e / 2];
-      x[e] = __uint_as_float(!t.is_bf16 ? raw.bits[e] : e % 2 ? pair & 0xffff0000u : pair << 16);
-    }
-  }
-}
-template <bool kFull, int kCount>
-KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[kCount], int valid) {
-  if constexpr (kFull && kCount == 2) {
-    if (t.is_bf16)
-      store2(static_cast<bf16*>(t.data) + i, {x[0], x[1]});
-    else
-      store2(static_cast<float*>(t.data) + i, {x[0], x[1]});
-  } else if constexpr (kFull) {
-    const float4 four{x[0], x[1], x[2], x[3]};
-    if (t.is_bf16)
-      store4(static_cast<bf16*>(t.data) + i, four);
-    else
-      store4(static_cast<float*>(t.data) + i, four);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e)
-      if (e < valid) store_element(t, i + e, x[e]);
-  }
-}
-
-// An i32 or i64 vector of row numbers.
-struct RowNumbers {
-  const void* data;
-  bool is_i64;
-};
-inline RowNumbers row_numbers(const Tensor& t) { return {t.data, t.dtype == DType::i64}; }
-KL_DEVICE int64_t row_number(const RowNumbers& t, int64_t i) {
-  return t.is_i64 ? static_cast<const int64_t*>(t.data)[i] : static_cast<const int32_t*>(t.data)[i];
-}
 
 // The gate of one value head.
 struct GateParams {
@@ -142,10 +29,6 @@ KL_DEVICE float dt_bias_of(const GateParams& gate, int head, int channel) {
              ? gate.dt_bias[head * gate.dt_stride + channel]
              : 0.f;
 }
-
-// log(1 + e^x) with a small relative error also where it is tiny: slow gates act over a million tokens.
-KL_DEVICE float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
-KL_DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
 // The log-decay of one channel; `factor` is exp(A_log), `z` the tensor's element plus dt_bias.
 KL_DEVICE float log_decay(const GateParams& gate, float factor, float z) {

@@ -20,6 +20,7 @@
 // 0 and no decay.
 #include <algorithm>
 
+#include "cuda/chunk.cuh"
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "ops/kda/kda_cuda.h"
@@ -28,21 +29,17 @@
 namespace kl::cuda {
 namespace {
 
-constexpr int kChunk = 16, kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kWidth = 16 * kWarps;  // value channels of a block
-constexpr float kLog2e = 1.44269504f, kLeastDecay = -150.f;
+using namespace chunks;
 
-// Shared memory. Rows are padded so that the eight rows of a matrix fragment start in different banks.
 template <int KP>
 struct Shared {
-  static constexpr int kRow = KP + 4;   // floats
-  static constexpr int kHalf = KP + 8;  // bf16
+  static constexpr int kRow = KP + 4;  // floats
   struct Inputs {
     float q[kChunk][kRow], k[kChunk][kRow],
         G[kChunk][kRow];  // q holds `scale`; G: log2-decays, then their sums
   };
-  struct Factors {  // {hi, lo}
-    uint16_t kg[2][kChunk][kHalf], qg[2][kChunk][kHalf], kr[2][kChunk][kHalf];
+  struct Factors {
+    KeyRows<KP> kg, qg, kr;
   };
   union alignas(16) {
     Inputs in;
@@ -53,8 +50,8 @@ struct Shared {
   float L[kChunk][kChunk], A[kChunk][kChunk];  // sums over the first half of the channels; A_ii: all
   float L_rest[kChunk][kChunk], A_rest[kChunk][kChunk];  // ... the second half
   alignas(16) float L_columns[kChunk][kChunk];           // beta L, by columns
-  alignas(16) uint16_t A_halves[2][kChunk][kChunk + 8];  // {hi, lo}, 0 above the diagonal
-  uint16_t delta[2][kWidth][kChunk + 8];                 // {hi, lo}
+  Triangle A_halves;
+  ValueColumns<8> delta;
   float beta[kChunk];
 };
 
@@ -99,17 +96,18 @@ KL_DEVICE void prepare_inputs(Shared<KP>& s, const RawChunk<KP>& raw, const Step
 #pragma unroll
   for (int m = 0; m < KP / 16; ++m) {
     const int c = c0 + 16 * m;
-    s.in.k[i][c] = value_of(p.k, raw.k[m]) * scales.k;
-    s.in.q[i][c] = value_of(p.q, raw.q[m]) * scales.q;
+    // A token past the end has no length; without an epsilon its scale is infinite.
+    s.in.k[i][c] = valid ? value_of(p.k, raw.k[m]) * scales.k : 0.f;
+    s.in.q[i][c] = valid ? value_of(p.q, raw.q[m]) * scales.q : 0.f;
     const float g = log_decay(p.gate, factor,
                               value_of(p.g, raw.g[m]) + (dt_bias == nullptr || c >= p.K ? 0.f : dt_bias[c]));
-    s.in.G[i][c] = !valid ? 0.f : g * kLog2e < kLeastDecay ? kLeastDecay : g * kLog2e;  // NaN stays NaN
+    s.in.G[i][c] = valid ? log2_decay(g) : 0.f;
   }
 #pragma unroll
   for (int m = 0; m < kWidth / 16; ++m) s.W[i][c0 + 16 * m] = value_of(p.v, raw.v[m]);
   if (c0 == 0) {
     s.beta[i] = valid ? write_strength(p.beta_kind, value_of(p.beta, raw.beta)) : 0.f;
-    s.A[i][i] = scales.kq;
+    s.A[i][i] = valid ? scales.kq : 0.f;
   }
 }
 
@@ -146,15 +144,6 @@ KL_DEVICE void triangles(Shared<KP>& s) {
   (x < y ? s.A_rest : s.A)[i][j] = qk;
 }
 
-// {hi, lo} bf16 of a float.
-struct Halves {
-  uint16_t hi, lo;
-};
-KL_DEVICE Halves halves_of(float x) {
-  const bf16 hi = from_float<bf16>(x);
-  return {hi.bits, from_float<bf16>(x - to_float(hi)).bits};
-}
-
 // Keys and queries with the decays of their tokens, in the place of the inputs; the triangles complete. All
 // threads enter and leave together.
 template <int KP>
@@ -169,165 +158,26 @@ KL_DEVICE void make_factors(Shared<KP>& s) {
   }
   __syncthreads();  // the inputs have been read; their place may be written
   s.L_columns[c0][i] = c0 < i ? s.beta[i] * (s.L[i][c0] + s.L_rest[i][c0]) : 0.f;
-  const Halves a = halves_of(c0 < i ? s.A[i][c0] + s.A_rest[i][c0] : c0 == i ? s.A[i][i] : 0.f);
-  s.A_halves[0][i][c0] = a.hi, s.A_halves[1][i][c0] = a.lo;
+  s.A_halves.put(i, c0, c0 < i ? s.A[i][c0] + s.A_rest[i][c0] : c0 == i ? s.A[i][i] : 0.f);
 #pragma unroll
   for (int m = 0; m < KP / 16; ++m) {
     const int c = c0 + 16 * m;
     const float decay = exp2_approx(G[m]);
-    const Halves kg = halves_of(k[m] * decay), qg = halves_of(q[m] * decay),
-                 kr = halves_of(k[m] * exp2_approx(rest[m]));
-    s.factors.kg[0][i][c] = kg.hi, s.factors.kg[1][i][c] = kg.lo;
-    s.factors.qg[0][i][c] = qg.hi, s.factors.qg[1][i][c] = qg.lo;
-    s.factors.kr[0][i][c] = kr.hi, s.factors.kr[1][i][c] = kr.lo;
+    s.factors.kg.put(i, c, k[m] * decay);
+    s.factors.qg.put(i, c, q[m] * decay);
+    s.factors.kr.put(i, c, k[m] * exp2_approx(rest[m]));
   }
   __syncthreads();  // the factors become visible to all warps
 }
 
-// A warp's part of the state, transposed: S[n] is the accumulator fragment of value channels (16) x key
-// channels 8 n to 8 n + 7. With g = lane / 4, t = lane % 4 its elements are (g, 2t), (g, 2t + 1), (g + 8,
-// 2t), (g + 8, 2t + 1).
-template <int KP>
-using WarpState = float[KP / 8][4];
-
-// The bf16 halves of two neighbouring accumulator fragments are left operands of a 16 x 16 product.
-KL_DEVICE void left_operand(uint32_t (&hi)[4], uint32_t (&lo)[4], const float (&x)[4], const float (&y)[4]) {
-  const float pairs[4][2] = {{x[0], x[1]}, {x[2], x[3]}, {y[0], y[1]}, {y[2], y[3]}};
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    hi[r] = pack_bf16(pairs[r][0], pairs[r][1]);
-    lo[r] = pack_bf16(pairs[r][0] - __uint_as_float(hi[r] << 16),
-                      pairs[r][1] - __uint_as_float(hi[r] & 0xffff0000u));
-  }
-}
-KL_DEVICE void mma_halves(float (&d)[4], const uint32_t (&a_hi)[4], const uint32_t (&a_lo)[4],
-                          const uint32_t* b_hi, const uint32_t* b_lo) {
-  mma_bf16(d, a_lo, b_hi[0], b_hi[1]);
-  mma_bf16(d, a_hi, b_lo[0], b_lo[1]);
-  mma_bf16(d, a_hi, b_hi[0], b_hi[1]);
-}
-
-// Accumulator fragments of the warp's value channels (16) x the chunk's tokens (two times 8).
-using WarpTokens = float[2][4];
-KL_DEVICE int token_of(int n, int e) { return 8 * n + 2 * (threadIdx.x % 4) + e % 2; }
-KL_DEVICE int value_channel_of(int e) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + e / 2 * 8; }
-
-// W = S kgᵀ to shared memory, Q = S qgᵀ to registers.
-template <int KP>
-KL_DEVICE void products_with_state(WarpTokens& Q, Shared<KP>& s, const WarpState<KP>& S) {
-  const int lane = threadIdx.x % 32;
-  WarpTokens W = {};
-#pragma unroll
-  for (int c = 0; c < KP; c += 16) {
-    uint32_t hi[4], lo[4], kg[2][4], qg[2][4];
-    left_operand(hi, lo, S[c / 8], S[c / 8 + 1]);
-    // Matrices of ldmatrix: tokens 0-7 then 8-15, channels c then c + 8.
-    const int row = lane % 8 + lane / 16 * 8, column = c + lane / 8 % 2 * 8;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      ldmatrix_x4(kg[half], smem_address(&s.factors.kg[half][row][column]));
-      ldmatrix_x4(qg[half], smem_address(&s.factors.qg[half][row][column]));
-    }
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      mma_halves(W[n], hi, lo, kg[0] + 2 * n, kg[1] + 2 * n);
-      mma_halves(Q[n], hi, lo, qg[0] + 2 * n, qg[1] + 2 * n);
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < 2; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) s.W[token_of(n, e)][value_channel_of(e)] = W[n][e];
-}
-
-// Substitution for one value channel, column by column of L: what a delta changes is independent of each
-// other.
+// delta of one value channel.
 template <int KP>
 KL_DEVICE void solve(Shared<KP>& s, const float (&values)[kChunk]) {
   const int v = threadIdx.x;
   float delta[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) delta[i] = s.beta[i] * (values[i] - s.W[i][v]);
-#pragma unroll
-  for (int j = 0; j < kChunk; ++j) {
-#pragma unroll
-    for (int i4 = (j + 1) / 4 * 4; i4 < kChunk; i4 += 4) {
-      float L[4];
-      load_channels(L, s.L_columns[j], i4);
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (i4 + e > j) delta[i4 + e] = fmaf(-L[e], delta[j], delta[i4 + e]);
-    }
-    const Halves halves = halves_of(delta[j]);
-    s.delta[0][v][j] = halves.hi, s.delta[1][v][j] = halves.lo;
-  }
-}
-
-// The halves of delta of the warp's value channels, as left operands.
-struct WarpDelta {
-  uint32_t hi[4], lo[4];
-};
-template <int KP>
-KL_DEVICE WarpDelta load_delta(const Shared<KP>& s) {
-  const int v = threadIdx.x / 32 * 16 + threadIdx.x % 16, first = threadIdx.x % 32 / 16 * 8;
-  WarpDelta delta;
-  ldmatrix_x4(delta.hi, smem_address(&s.delta[0][v][first]));
-  ldmatrix_x4(delta.lo, smem_address(&s.delta[1][v][first]));
-  return delta;
-}
-
-// o = Q + A delta, to memory.
-template <int KP>
-KL_DEVICE void put_out(WarpTokens& Q, const Shared<KP>& s, const WarpDelta& delta, const StepParams& p,
-                       int64_t row, int tokens, int head, int v0) {
-  const int lane = threadIdx.x % 32, i = lane % 8 + lane / 16 * 8, j = lane / 8 % 2 * 8;
-  uint32_t A[2][4];
-  ldmatrix_x4(A[0], smem_address(&s.A_halves[0][i][j]));
-  ldmatrix_x4(A[1], smem_address(&s.A_halves[1][i][j]));
-#pragma unroll
-  for (int n = 0; n < 2; ++n) {
-    mma_halves(Q[n], delta.hi, delta.lo, A[0] + 2 * n, A[1] + 2 * n);
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int token = token_of(n, e), v = v0 + value_channel_of(e);
-      if (token < tokens && v < p.V) store_element(p.out, offset_of(p.out, row + token, head) + v, Q[n][e]);
-    }
-  }
-}
-
-// S <- S 2^G_15 + deltaᵀ kr of the warp's value channels.
-template <int KP>
-KL_DEVICE void update_state(WarpState<KP>& S, const Shared<KP>& s, const WarpDelta& delta) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < KP; c += 16) {
-    uint32_t kr[2][4];
-    // Transposed matrices: tokens 0-7 then 8-15 of channels c, then of c + 8.
-    const int row = lane % 16, column = c + lane / 16 * 8;
-    ldmatrix_x4_trans(kr[0], smem_address(&s.factors.kr[0][row][column]));
-    ldmatrix_x4_trans(kr[1], smem_address(&s.factors.kr[1][row][column]));
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      float(&d)[4] = S[c / 8 + n];
-      const float2 decay = load2(s.decay + c + 8 * n + 2 * (lane % 4));
-      d[0] *= decay.x, d[1] *= decay.y, d[2] *= decay.x, d[3] *= decay.y;
-      mma_halves(d, delta.hi, delta.lo, kr[0] + 2 * n, kr[1] + 2 * n);
-    }
-  }
-}
-
-// Calls f(element, x) for the lane's elements of the state inside K x V. `state` is the head's.
-template <int KP, class State, class F>
-KL_DEVICE void for_each_element(WarpState<KP>& S, State* state, const StepParams& p, bool v_first, int v0,
-                                F&& f) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int n = 0; n < KP / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int k = 8 * n + 2 * (lane % 4) + e % 2, v = v0 + 16 * warp + lane / 4 + e / 2 * 8;
-      if (k < p.K && v < p.V) f(state + (v_first ? v * p.row_stride + k : k * p.row_stride + v), S[n][e]);
-    }
+  substitute(delta, s.L_columns, [&](int j, float x) { s.delta.put(j, v, x); });
 }
 
 template <int KP, class State>
@@ -344,13 +194,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     return static_cast<State*>(p.state) + slot * p.slot_stride + head * p.head_stride;
   };
   WarpState<KP> S = {};
+  const int64_t k_stride = v_first ? 1 : p.row_stride, v_stride = v_first ? p.row_stride : 1;
   const auto leave_state = [&](int slot) {
     if (slot >= 0)
-      for_each_element<KP>(S, head_state(slot), p, v_first, v0,
+      for_each_element<KP>(S, head_state(slot), k_stride, v_stride, p.K, p.V, v0,
                            [](State* to, float x) { *to = from_float<State>(x); });
   };
   if (work.slot >= 0)
-    for_each_element<KP>(S, head_state(work.slot), p, v_first, v0,
+    for_each_element<KP>(S, head_state(work.slot), k_stride, v_stride, p.K, p.V, v0,
                          [](State* from, float& x) { x = to_float(*from); });
 
   const float factor = expf(A_log_of(p.gate, head));
@@ -378,14 +229,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     triangles(s);
     __syncthreads();  // the triangles are done with the inputs
     make_factors(s);
-    WarpTokens Q = {};
-    products_with_state(Q, s, S);
+    WarpTokens products[2] = {};  // W, Q
+    multiply_state(products, S, {&s.factors.kg, &s.factors.qg});
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) s.W[token_of(n, e)][value_channel_of(e)] = products[0][n][e];
     __syncthreads();  // W becomes visible to the value channels' threads
     if (threadIdx.x < kWidth) solve(s, values);
     __syncthreads();  // delta becomes visible to the warps
-    const WarpDelta delta = load_delta(s);
-    put_out(Q, s, delta, p, row, tokens, head, v0);
-    update_state(S, s, delta);
+    const WarpColumns delta[1] = {load_columns(s.delta)};
+    multiply_triangle(products[1], s.A_halves, delta[0]);
+    store_outputs(products[1], p.out, row, tokens, head, v0, p.V);
+    update_state<KP>(S, [&](int c) { return load2(s.decay + c); }, delta, {&s.factors.kr});
     while (checkpoint < p.checkpoints && p.checkpoint_row[checkpoint] <= row + tokens) {
       if (p.checkpoint_row[checkpoint] == row + tokens) leave_state(p.checkpoint_slot[checkpoint]);
       ++checkpoint;
@@ -418,8 +274,8 @@ void launch_prefill(const Ctx& ctx, const KdaArgs& a, const StepParams& p) {
 
 void kda_prefill(const Ctx& ctx, const KdaArgs& a) {
   const StepParams p = step_params(a);
-  // Sequences of less than a chunk or two go faster token by token.
-  if (a.q.size(0) < 2 * kChunk * int64_t(p.N)) return kda_decode(ctx, a);
+  // Sequences of less than a chunk or two go faster token by token, if that may be asked of the whole batch.
+  if (!a.batch_invariant && a.q.size(0) < 2 * kChunk * int64_t(p.N)) return kda_decode(ctx, a);
   kda_prefill_chunks(ctx, a);
 }
 

@@ -84,14 +84,23 @@ int64_t segments_per_sequence(int64_t items, int64_t chunks, bool strong) {
   return best;
 }
 
+// Chunks of a segment where the cuts of a sequence must not depend on the others: by the gate and the heads.
+// With a strong gate 1024 tokens: B1 T8192 H32 gets as many segments as blocks can take at a time. With a
+// weak one the transitions double the work, which pays for few heads and long sequences only.
+int invariant_segment_chunks(int64_t heads, bool strong) {
+  if (strong) return 64;
+  return heads <= 16 ? 256 : INT_MAX / 2;
+}
+
 // Chunks of a segment. Sequences are taken to be of one length; longer ones get more segments.
 int segment_chunks(const KdaArgs& a, int64_t T, int64_t N, int64_t heads) {
   if (a.checkpoint_row)
     return INT_MAX / 2;  // the states inside a segment are known only where there is no cut
+  const bool bounded = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1;
+  if (a.batch_invariant) return invariant_segment_chunks(heads, bounded);
   const int64_t chunks = (T + kChunkTokens * N - 1) / (kChunkTokens * N);
   // Several sequences that fill the device are of several lengths: taking the longest first evens them out.
-  const bool strong = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1 &&
-                      (N == 1 || N * heads < current_device().multiprocessors);
+  const bool strong = bounded && (N == 1 || N * heads < current_device().multiprocessors);
   const int64_t segments = segments_per_sequence(N * heads, chunks, strong);
   if (segments < 2) return INT_MAX / 2;
   return static_cast<int>(std::max<int64_t>(kMinSegmentChunks, (chunks + segments - 1) / segments));

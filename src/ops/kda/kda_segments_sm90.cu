@@ -8,8 +8,8 @@ namespace kl::cuda {
 namespace {
 
 constexpr int kSlab = 16;  // value channels of a block of the chain
-constexpr int kChainThreads =
-    256;  // at least the segments of a sequence: one for each multiprocessor, and one
+constexpr int kChainThreads = 256;
+static_assert(kChainThreads >= kMostSegments);  // a thread reads the progress of one of them
 constexpr int kApplyThreads = 256;
 constexpr int kApplyTokens = 512;  // of a block
 
@@ -200,7 +200,8 @@ void chain_segments(const PrefillParams& p, int64_t D, int64_t segments, int64_t
       .smem = static_cast<size_t>(2 * D * D) * sizeof(float),
       .stream = stream,
       .overlap_previous = true};
-  const int64_t longest = std::min<int64_t>(T, static_cast<int64_t>(p.segment_chunks) * kChunkTokens);
+  const int64_t chunks = std::max<int64_t>(p.segment_chunks, T / kChunkTokens / kMostSegments + 2);
+  const int64_t longest = std::min<int64_t>(T, chunks * kChunkTokens);
   const LaunchConfig apply{.grid = {static_cast<unsigned>(segments) * heads,
                                     static_cast<unsigned>((longest + kApplyTokens - 1) / kApplyTokens)},
                            .block = kApplyThreads,

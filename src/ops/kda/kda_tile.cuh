@@ -109,11 +109,6 @@ KL_DEVICE Scales scales_of(float kk, float qq, float kq, bool l2norm, float l2_e
   return s;
 }
 
-KL_DEVICE void load_channels(float (&x)[4], const float* channels, int first) {
-  const float4 four = load4(channels + first);
-  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-}
-
 // One step of the recurrence on the lane's part of the state; o are the outputs of its P value channels, the
 // same in the eight lanes of a vg.
 template <int KP, int P, bool kVFirst>
@@ -156,12 +151,8 @@ KL_DEVICE void step(float (&o)[P], LaneState<KP, P>& S, const Channels<KP>& chan
 }
 
 // A KdaArgs as the kernels that step token by token read it.
-struct StepParams {
+struct StepParams : PackedStates {
   Operand q, k, v, g, beta, out;
-  RowNumbers cu_seqlens;  // null: row n is all of sequence n
-  void* state;            // null: sequences start at zero and leave nothing
-  int64_t slot_stride, head_stride, row_stride;
-  const int32_t *slot, *slot_out;
   const int32_t *checkpoint_row, *checkpoint_slot;
   int checkpoints;
   GateParams gate;
@@ -172,16 +163,10 @@ struct StepParams {
 };
 inline StepParams step_params(const KdaArgs& a) {
   StepParams p{};
+  static_cast<PackedStates&>(p) = packed_states(a.cu_seqlens, a.state, a.slot, a.slot_out);
   p.q = operand(a.q), p.k = operand(a.k), p.v = operand(a.v), p.g = operand(a.g), p.beta = operand(a.beta);
   p.out = operand(a.out);
   p.N = static_cast<int>(a.cu_seqlens ? a.cu_seqlens.size(0) - 1 : a.q.size(0));
-  if (a.cu_seqlens) p.cu_seqlens = row_numbers(a.cu_seqlens);
-  if (a.state) {
-    p.state = a.state.data;
-    p.slot_stride = a.state.stride[0], p.head_stride = a.state.stride[1], p.row_stride = a.state.stride[2];
-    p.slot = a.slot.ptr<int32_t>();
-    p.slot_out = a.slot_out ? a.slot_out.ptr<int32_t>() : nullptr;
-  }
   if (a.state && a.checkpoint_row) {
     p.checkpoint_row = a.checkpoint_row.ptr<int32_t>();
     p.checkpoint_slot = a.checkpoint_slot.ptr<int32_t>();
@@ -198,22 +183,6 @@ inline StepParams step_params(const KdaArgs& a) {
 }
 
 KL_DEVICE int qk_head(const StepParams& p, int head) { return p.group == 1 ? head : head / p.group; }
-
-// Rows of a sequence, and where its state comes from and goes to (< 0: from zero, nowhere).
-struct SequenceWork {
-  int64_t begin, end;
-  int slot, slot_out;
-  KL_DEVICE bool idle() const { return begin == end && slot == slot_out; }
-};
-KL_DEVICE SequenceWork sequence_work(const StepParams& p, int n) {
-  SequenceWork w;
-  const bool listed = p.cu_seqlens.data != nullptr;
-  w.begin = listed ? row_number(p.cu_seqlens, n) : n,
-  w.end = listed ? row_number(p.cu_seqlens, n + 1) : n + 1;
-  w.slot = p.state == nullptr ? -1 : p.slot[n];
-  w.slot_out = p.slot_out == nullptr ? w.slot : p.slot_out[n];
-  return w;
-}
 
 // The first checkpoint whose row lies behind `row`; p.checkpoints if none does.
 KL_DEVICE int first_checkpoint(const StepParams& p, int64_t row) {

@@ -3,6 +3,9 @@
 
 #include "ops/linear_attention/linear_attention_head.h"
 #include "recurrence/decay.h"
+#ifdef KL_CUDA
+#include "ops/linear_attention/linear_attention_cuda.h"
+#endif
 
 namespace kl {
 namespace linear_attention {
@@ -50,7 +53,14 @@ void run(Ctx& ctx, const LinearAttentionArgs& args, std::string_view name, doubl
       const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.g}), flops);
       return recurrence::for_each_head(ctx.pool, problem, [&](const Head& h) { work(args, h); });
     }
-    case Device::cuda: recurrence::fail_without_cuda(problem.op);
+    case Device::cuda: {
+#ifdef KL_CUDA
+      const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.g}), flops);
+      return cuda::linear_attention_chunks(ctx, args);  // decode too: a token is a short chunk
+#else
+      recurrence::fail_without_cuda(problem.op);
+#endif
+    }
   }
 }
 

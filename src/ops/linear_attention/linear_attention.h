@@ -11,7 +11,7 @@
 // Feature maps of q and k, a normaliser and skip connections are the caller's. T tokens of N packed
 // sequences; sequence n owns rows [cu_seqlens[n], cu_seqlens[n+1]). H query/key heads serve Hv value heads
 // (Hv a multiple of H; value head h reads query/key head h / (Hv / H)). Correct for any gate from 0 to -inf a
-// step, any length including zero, any K and V up to 256. CPU.
+// step, any length including zero, any K and V up to 256.
 #pragma once
 
 #include "base/context.h"
@@ -21,7 +21,7 @@
 namespace kl {
 
 struct LinearAttentionArgs {
-  Tensor q, k;        // [T, H, K]   f32|bf16 (f64 too, here and below, where f32 may stand)
+  Tensor q, k;        // [T, H, K]   f32|bf16 (on the CPU f64 too, here and below, where f32 may stand)
   Tensor v;           // [T, Hv, V]  f32|bf16
   Tensor g;           // [T, Hv, K] or [T, Hv]  f32|bf16, log-decay, at most 0; absent: 0
   Tensor cu_seqlens;  // [N + 1]     i32|i64, ascending from 0 to T
@@ -35,9 +35,9 @@ struct LinearAttentionArgs {
   float scale = 0.f;  // 0: K^-0.5
 };
 
-// Any lengths: the chunkwise algorithm in f32.
+// Any lengths: the chunkwise algorithm in f32; on CUDA beside products of bf16 halves, which leave some 1e-5.
 void linear_attention_prefill(Ctx&, const LinearAttentionArgs&);
-// Short sequences: one step of the recurrence after another, in f32.
+// Short sequences. CPU: one step of the recurrence after another, in f32. CUDA: as above.
 void linear_attention_decode(Ctx&, const LinearAttentionArgs&);
 
 // The definition: the recurrence, token by token, as it is written above (linear_attention_ref.cc).

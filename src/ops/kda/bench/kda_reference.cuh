@@ -68,25 +68,37 @@ __global__ void __launch_bounds__(256) reference_recurrence(ReferenceParams p) {
     for (int bit = 4; bit > 0; bit /= 2) x += __shfl_xor_sync(0xffffffffu, x, bit);
     return x;
   };
-  for (int64_t token = p.cu_seqlens[n]; token < p.cu_seqlens[n + 1]; ++token) {
+  // A token's operands are on their way while the one before is worked on: a million tokens take a while.
+  double k[kOwn], q[kOwn], decay[kOwn], x = 0, value = 0;
+  const auto load = [&](int64_t token) {
     const int64_t row = (token * p.heads + head) * D;
-    double k[kOwn], predicted = 0, read = 0;
     for (int i = 0; i < kOwn; ++i) {
-      k[i] = p.keys[row + part + 8 * i];
-      S[i] *= p.decays[row + part + 8 * i];
-      predicted += S[i] * k[i];
+      k[i] = __ldg(p.keys + row + part + 8 * i), q[i] = __ldg(p.queries + row + part + 8 * i);
+      decay[i] = __ldg(p.decays + row + part + 8 * i);
     }
-    const double x = static_cast<double>(cuda::load_element(p.beta, cuda::offset_of(p.beta, token, head)));
+    x = static_cast<double>(cuda::load_element(p.beta, cuda::offset_of(p.beta, token, head)));
+    value = static_cast<double>(cuda::load_element(p.v, cuda::offset_of(p.v, token, head) + v));
+  };
+  const int64_t begin = p.cu_seqlens[n], end = p.cu_seqlens[n + 1];
+  if (begin < end) load(begin);
+  for (int64_t token = begin; token < end; ++token) {
     const double beta =
         p.beta_kind == KdaBeta::value ? x : (p.beta_kind == KdaBeta::sigmoid ? 1 : 2) / (1 + exp(-x));
-    const double value = static_cast<double>(cuda::load_element(p.v, cuda::offset_of(p.v, token, head) + v));
-    const double delta = beta * (value - sum(predicted));
+    const double wanted = value;
+    double key[kOwn], query[kOwn], predicted[2] = {}, read[2] = {};
     for (int i = 0; i < kOwn; ++i) {
-      S[i] += k[i] * delta;
-      read += S[i] * p.queries[row + part + 8 * i];
+      key[i] = k[i], query[i] = q[i];
+      S[i] *= decay[i];
+      predicted[i % 2] += S[i] * key[i];
     }
-    read = sum(read);
-    if (part == 0) p.out[row + v] = read;
+    if (token + 1 < end) load(token + 1);
+    const double delta = beta * (wanted - sum(predicted[0] + predicted[1]));
+    for (int i = 0; i < kOwn; ++i) {
+      S[i] += key[i] * delta;
+      read[i % 2] += S[i] * query[i];
+    }
+    const double o = sum(read[0] + read[1]);
+    if (part == 0) p.out[(token * p.heads + head) * D + v] = o;
   }
   for (int i = 0; i < kOwn; ++i) p.state_out[matrix + (part + 8 * i) * D + v] = S[i];
 }

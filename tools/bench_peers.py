@@ -1,0 +1,494 @@
+#!/usr/bin/env python3
+"""Times KDA of this project beside public implementations, on one GPU, in one run.
+
+  tools/bench_peers.py [--lib build/cuda/libkda.so] [--quick] [--budget SECONDS] [--only PART_OF_A_ROW]
+
+Needs Python with torch and Triton. What is not installed is left out, and the table says why. Ours runs through
+libkda (ctypes on torch's memory). Every figure is the median of CUDA-graph replays over rotating inputs that together
+exceed the L2 cache; a graph that cannot be captured is timed by events around plain calls and marked with *.
+
+Peers: chunk_kda and fused_recurrent_kda of fla (Triton); kimi_delta_attention of the cuDNN frontend, pinned to the plan
+kda_hopper_cuda, with a bf16 gate (its own conversion pass included) and with an f32 gate; flash_kda. Triton kernels are
+autotuned over all their configurations, which several processes compile ahead; --quick leaves fla out where another
+number of heads would mean another compilation.
+
+o of ours and of each peer are compared on the first shape: rel-RMS, and FAILED beyond 2e-2 (both round to bf16 inside).
+"""
+import argparse
+import ctypes
+import math
+import multiprocessing
+import os
+import pathlib
+import statistics
+import sys
+import time
+
+os.environ.setdefault("FLA_FLASH_KDA", "0")  # fla would hand over to flash_kda where that is installed
+
+D = 128
+PACK = [1300, 547, 2048, 963, 271, 3063]
+LOWER_BOUND = -5.0
+TOLERANCE = 2e-2
+
+
+def prefill_shapes():
+    shapes = [("B1 T8192 H32", [8192], 32), ("B1 T8192 H96", [8192], 96), ("B1 T1024 H32", [1024], 32),
+              ("B1 T65536 H32", [65536], 32), ("pack of 6 H96", PACK, 96), ("B1 T65536 H8", [65536], 8),
+              ("B1 T8192 H64", [8192], 64)]
+    for T, H, N in [(2048, 12, 1), (2048, 16, 1), (4096, 8, 1), (4096, 12, 1), (8192, 12, 4), (8192, 16, 1),
+                    (1024, 4, 1), (3072, 10, 1), (8192, 24, 1), (16384, 16, 8)]:
+        shapes.append((f"T{T} H{H} N{N}", [T // N] * N, H))
+    shapes.append(("B8 T1024 H32", [1024] * 8, 32))  # last: another batch size makes Triton compile again
+    return shapes
+
+
+DECODE = [("decode B1 H32", 1, 32), ("decode B64 H32", 64, 32), ("decode B256 H32", 256, 32)]
+QUICK_HEADS = (32, 96)  # of fla's rows in --quick
+
+
+# ---- libkda: include/kda/kda.h, version 1 ----
+
+class KdaTensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32), ("rank", ctypes.c_int32),
+                ("shape", ctypes.c_int64 * 4), ("stride", ctypes.c_int64 * 4)]
+
+
+class KdaArgs(ctypes.Structure):
+    _fields_ = ([("struct_size", ctypes.c_uint32), ("device", ctypes.c_int32), ("stream", ctypes.c_void_p)] +
+                [(n, ctypes.c_int32) for n in ("threads", "gate", "beta_kind", "state_v_first", "l2norm")] +
+                [(n, ctypes.c_float) for n in ("l2_eps", "scale", "lower_bound")] +
+                [(n, KdaTensor) for n in ("q", "k", "v", "g", "beta", "cu_seqlens", "out", "A_log", "dt_bias", "state",
+                                          "slot", "slot_out", "checkpoint_row", "checkpoint_slot")] +
+                [("workspace", ctypes.c_void_p), ("workspace_bytes", ctypes.c_uint64)])
+
+
+CUDA, SOFTPLUS, BOUNDED = 1, 1, 2
+
+
+class Library:
+    def __init__(self, path):
+        self.lib = ctypes.CDLL(str(path))
+        self.lib.kda_last_error.restype = ctypes.c_char_p
+        self.lib.kda_args_init.argtypes = [ctypes.POINTER(KdaArgs), ctypes.c_size_t]
+        self.lib.kda_workspace_bytes.argtypes = [ctypes.POINTER(KdaArgs), ctypes.POINTER(ctypes.c_uint64)]
+        self.lib.kda_args_init.restype = None
+        for f in (self.lib.kda_prefill, self.lib.kda_decode):
+            f.argtypes = [ctypes.POINTER(KdaArgs)]
+
+    def check(self, status):
+        if status != 0:
+            raise RuntimeError(self.lib.kda_last_error().decode())
+
+    def args(self, x, gate):
+        """What is constant over the calls with the inputs x; `slot` says where states come from and go to."""
+        a = KdaArgs()
+        self.lib.kda_args_init(ctypes.byref(a), ctypes.sizeof(a))
+        a.device, a.gate, a.lower_bound = CUDA, BOUNDED if gate == "bounded" else SOFTPLUS, LOWER_BOUND
+        for name in ("q", "k", "v", "g", "beta", "cu_seqlens", "out", "A_log", "dt_bias", "state", "slot"):
+            setattr(a, name, view(getattr(x, name)))
+        return a
+
+    def prefill(self, x, gate):
+        a = self.args(x, gate)
+        need = ctypes.c_uint64()
+        self.check(self.lib.kda_workspace_bytes(ctypes.byref(a), ctypes.byref(need)))
+        import torch
+        if x.workspace is None or x.workspace.numel() < need.value:
+            x.workspace = torch.empty(max(need.value, 256), dtype=torch.uint8, device="cuda")
+        a.workspace, a.workspace_bytes = x.workspace.data_ptr(), x.workspace.numel()
+        a.stream = torch.cuda.current_stream().cuda_stream
+        self.check(self.lib.kda_prefill(ctypes.byref(a)))
+
+    def decode(self, x, gate):
+        import torch
+        a = self.args(x, gate)
+        a.stream = torch.cuda.current_stream().cuda_stream
+        self.check(self.lib.kda_decode(ctypes.byref(a)))
+
+
+def view(t):
+    import torch
+    types = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2, torch.int64: 3}
+    c = KdaTensor(data=t.data_ptr(), dtype=types[t.dtype], rank=t.dim())
+    for d in range(t.dim()):
+        c.shape[d], c.stride[d] = t.shape[d], t.stride(d)
+    return c
+
+
+# ---- Inputs ----
+
+class Inputs:
+    """One set of tensors, packed [T, H, D]."""
+
+    def __init__(self, lengths, H, seed, with_state=True):
+        import torch
+        torch.manual_seed(seed)
+        T, N = sum(lengths), len(lengths)
+        self.lengths, self.H, self.T, self.N = lengths, H, T, N
+        rows = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.float32).to(torch.bfloat16)
+        self.q, self.k, self.v, self.g = (rows(T, H, D) for _ in range(4))
+        self.beta = rows(T, H)
+        self.out = torch.full((T, H, D), float("nan"), device="cuda", dtype=torch.bfloat16)
+        self.A_log = torch.rand(H, device="cuda").mul(1.5).add(0.5).log()
+        self.dt_bias = torch.randn(H, D, device="cuda") * 0.5
+        self.h0 = torch.randn(N, H, D, D, device="cuda") * 0.5 if with_state else None
+        self.state = self.h0.clone() if with_state else None
+        self.slot = torch.arange(N, device="cuda", dtype=torch.int32)
+        self.workspace = self.g32 = None
+        self.cu_seqlens = cu_seqlens(lengths)
+
+    def bytes(self):
+        return 10 * self.T * self.H * D + 8 * self.N * self.H * D * D
+
+
+_cu = {}
+
+
+def cu_seqlens(lengths, dtype="int64"):
+    """The same tensor for the same lengths: fla keeps what it derives from one."""
+    import torch
+    key = (tuple(lengths), dtype)
+    if key not in _cu:
+        ends = [0]
+        for n in lengths:
+            ends.append(ends[-1] + n)
+        _cu[key] = torch.tensor(ends, device="cuda", dtype=getattr(torch, dtype))
+    return _cu[key]
+
+
+# ---- Peers: each a function of (inputs, gate) that returns o, in any shape ----
+
+def fla_prefill(x, gate):
+    from fla.ops.kda import chunk_kda
+    uniform = len(set(x.lengths)) == 1
+    B = x.N if uniform else 1
+    four = lambda t: t.view(B, -1, *t.shape[1:])
+    more = {"safe_gate": True, "lower_bound": LOWER_BOUND} if gate == "bounded" else {}
+    o, _ = chunk_kda(four(x.q), four(x.k), four(x.v), four(x.g), four(x.beta), initial_state=x.h0,
+                     output_final_state=True, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+                     use_beta_sigmoid_in_kernel=True, A_log=x.A_log, dt_bias=x.dt_bias.view(-1),
+                     cu_seqlens=None if uniform else x.cu_seqlens, **more)
+    return o
+
+
+def fla_decode(x, gate):
+    from fla.ops.kda import fused_recurrent_kda
+    four = lambda t: t.view(x.N, 1, *t.shape[1:])
+    more = {"lower_bound": LOWER_BOUND} if gate == "bounded" else {}
+    o, _ = fused_recurrent_kda(four(x.q), four(x.k), four(x.v), four(x.g), four(x.beta), A_log=x.A_log,
+                               dt_bias=x.dt_bias.view(-1), initial_state=x.h0, output_final_state=True,
+                               use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True,
+                               use_beta_sigmoid_in_kernel=True, **more)
+    return o
+
+
+def cudnn_prefill(f32_gate):
+    def call(x, gate):
+        if gate != "bounded":
+            raise NotImplementedError("has no softplus gate")
+        from cudnn.linear_attention import kimi_delta_attention
+        if f32_gate and x.g32 is None:
+            x.g32 = x.g.float()
+        result = kimi_delta_attention(x.q, x.k, x.v, x.g32 if f32_gate else x.g, x.beta.float() if f32_gate else x.beta,
+                                      cu_seqlens(x.lengths, "int32"), initial_state=x.h0, output_final_state=True,
+                                      use_qk_l2norm_in_kernel=True, use_beta_sigmoid_in_kernel=True, safe_gate=True,
+                                      gate_lower_bound=LOWER_BOUND, a_log=x.A_log, dt_bias=x.dt_bias,
+                                      plan_name="kda_hopper_cuda")
+        return result[0] if isinstance(result, tuple) else result
+    return call
+
+
+def flash_kda_prefill(x, gate):
+    import flash_kda
+    if gate != "bounded":
+        raise NotImplementedError("has no softplus gate")
+    o = x.__dict__.setdefault("flash_out", x.out.clone().unsqueeze(0))
+    start = x.__dict__.setdefault("flash_start", x.h0.transpose(2, 3).contiguous())
+    final = x.__dict__.setdefault("flash_final", start.clone())
+    one = lambda t: t.unsqueeze(0)
+    flash_kda.fwd(one(x.q), one(x.k), one(x.v), one(x.g), one(x.beta), 1 / math.sqrt(D), o, x.A_log, x.dt_bias,
+                  LOWER_BOUND, initial_state=start, final_state=final, cu_seqlens=x.cu_seqlens)
+    return o
+
+
+def fla_gated_delta_rule(x, gate):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    one = lambda t: t.unsqueeze(0)
+    log_decay = x.__dict__.setdefault("log_decay", -x.g[:, :, 0].float().sigmoid() * 0.2)
+    beta = x.__dict__.setdefault("strength", x.beta.sigmoid())
+    o, _ = chunk_gated_delta_rule(one(x.q), one(x.k), one(x.v), one(log_decay), one(beta), initial_state=x.h0,
+                                  output_final_state=True, use_qk_l2norm_in_kernel=True)
+    return o
+
+
+def fla_dplr(x, gate):
+    from fla.ops.generalized_delta_rule import chunk_dplr_delta_rule
+    one = lambda t: t.unsqueeze(0)
+    if not hasattr(x, "a"):
+        x.a, x.b = x.k * 0.06, x.q * 0.06
+        x.log_decays = -x.g.float().sigmoid() * 0.2
+    o, _ = chunk_dplr_delta_rule(one(x.q), one(x.k), one(x.v), one(x.a), one(x.b), one(x.log_decays),
+                                 initial_state=x.h0, output_final_state=True)
+    return o
+
+
+# ---- Times ----
+
+def measure(call, sets, gate):
+    """Milliseconds of one call, and whether a graph was replayed."""
+    import torch
+    for x in sets:  # all of them: what is made once per set is made here
+        call(x, gate)
+    torch.cuda.synchronize()
+    event = lambda: torch.cuda.Event(enable_timing=True)
+    graph = None
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for x in sets:
+                call(x, gate)
+    except Exception as reason:  # a call that looks at device values cannot be captured
+        print(f"  (not captured: {first_line(reason)})", file=sys.stderr)
+        graph = None
+        torch.cuda.synchronize()
+    times = []
+    for i in range(14):
+        begin, end = event(), event()
+        begin.record()
+        if graph is not None:
+            graph.replay()
+        else:
+            for x in sets:
+                call(x, gate)
+        end.record()
+        end.synchronize()
+        if i >= 3:
+            times.append(begin.elapsed_time(end) / len(sets))
+    return statistics.median(times), graph is not None
+
+
+def first_line(reason):
+    text = f"{type(reason).__name__}: {reason}".strip().splitlines()
+    return text[0][:150] if text else "unknown"
+
+
+def rel_rms(x, y):
+    x, y = x.reshape(-1).double(), y.reshape(-1).double()
+    return float(((x - y).square().sum() / y.square().sum()).sqrt())
+
+
+# ---- Triton's configurations, compiled by several processes ahead ----
+
+def shorten_benchmarks():
+    """Triton times each configuration for 125 ms; a tenth of that picks as well at these lengths."""
+    import triton.testing
+    original = triton.testing.do_bench
+
+    def do_bench(fn, warmup=25, rep=100, **more):
+        return original(fn, warmup=4, rep=12, **more)
+    triton.testing.do_bench = do_bench
+
+
+def compile_share(index, count, combinations, done):
+    """Compiles every count-th configuration of each kernel into Triton's cache on disk; counts what is complete."""
+    try:
+        import torch
+        import triton.testing
+        from triton.runtime import autotuner
+
+        def once(fn, quantiles=None, **more):
+            fn()
+            torch.cuda.synchronize()
+            return [1.0] * len(quantiles) if quantiles else 1.0
+        triton.testing.do_bench = once
+        original = autotuner.Autotuner.__init__
+
+        def init(self, *args, **more):
+            original(self, *args, **more)
+            self.configs = self.configs[index::count] or [self.configs[index % len(self.configs)]]
+        autotuner.Autotuner.__init__ = init
+        with torch.no_grad():
+            for n, (H, gate) in enumerate(combinations):
+                fla_prefill(Inputs([1024], H, 1), gate)
+                torch.cuda.synchronize()
+                with done.get_lock():
+                    done[n] += 1
+    except Exception as reason:
+        if index == 0:
+            print(f"  (compiling ahead: {first_line(reason)})", file=sys.stderr)
+    os._exit(0)
+
+
+def compile_ahead(combinations, seconds):
+    """Of (heads, gate): those that every process has finished."""
+    count = max(1, min(14, (os.cpu_count() or 2) - 2))
+    context = multiprocessing.get_context("fork")  # torch is imported, the GPU not yet touched
+    done = context.Array("i", len(combinations))
+    workers = [context.Process(target=compile_share, args=(i, count, combinations, done)) for i in range(count)]
+    for w in workers:
+        w.start()
+    end = time.monotonic() + seconds
+    for w in workers:
+        w.join(max(0.1, end - time.monotonic()))
+    for w in workers:
+        if w.is_alive():
+            w.terminate()
+            w.join()
+    return {c for c, finished in zip(combinations, done) if finished == count}
+
+
+# ---- The table ----
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lib", default=str(pathlib.Path(__file__).parent.parent / "build/cuda/libkda.so"))
+    parser.add_argument("--quick", action="store_true", help="one number of heads after another left out for fla")
+    parser.add_argument("--budget", type=float, default=None, help="seconds after which remaining rows are skipped")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    options = parser.parse_args()
+    started = time.monotonic()
+    budget = options.budget or (95 if options.quick else 1e9)
+    left = lambda: budget - (time.monotonic() - started)
+
+    import importlib.util
+    import torch
+    installed = lambda name: importlib.util.find_spec(name) is not None
+    have_fla, reasons = installed("fla"), {}
+    compiled, hurried = None, options.quick or options.budget is not None
+    if have_fla:
+        heads = QUICK_HEADS if options.quick else sorted({H for _, _, H in prefill_shapes()})
+        ahead = time.monotonic()
+        try:
+            compiled = compile_ahead([(H, gate) for H in heads for gate in ("bounded", "softplus")],
+                                     0.45 * budget if hurried else 600)
+        except Exception as reason:
+            print(f"(compiling ahead: {first_line(reason)})", file=sys.stderr)
+        print(f"compiled ahead for {time.monotonic() - ahead:.0f} s", file=sys.stderr)
+    if have_fla:
+        try:
+            shorten_benchmarks()
+        except Exception as reason:
+            print(f"(triton: {first_line(reason)})", file=sys.stderr)
+
+    peers = {}
+    try:
+        library = Library(options.lib)
+        peers["ours"] = library.prefill
+    except Exception as reason:
+        library = None
+        reasons["ours"] = first_line(reason)
+    peers["cudnn g bf16"], peers["cudnn g f32"] = cudnn_prefill(False), cudnn_prefill(True)
+    peers["fla"], peers["flash_kda"] = fla_prefill, flash_kda_prefill
+    for name, module in (("fla", "fla"), ("cudnn g bf16", "cudnn"), ("cudnn g f32", "cudnn"), ("flash_kda", "flash_kda")):
+        if not installed(module):
+            reasons[name] = "not installed"
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    lines, notes, checks = [], [], []
+
+    def cell(name, call, sets, gate, row, H):
+        if name in reasons:
+            return "-"
+        if left() <= 0:
+            return "budget"
+        if options.quick and name == "fla" and (H not in QUICK_HEADS or row.startswith("pack")):
+            return "quick"
+        if hurried and name == "fla" and not row.startswith("decode") and (H, gate) not in (compiled or ()):
+            return "compiling"  # its autotuner would take what is left of the budget
+        try:
+            with torch.no_grad():
+                ms, graph = measure(call, sets, gate)
+            return f"{ms:.4f}{'' if graph else '*'}"
+        except Exception as reason:
+            note = f"{name}, {gate}, from {row} on: {first_line(reason)}"
+            if not any(n.startswith(f"{name}, {gate},") for n in notes):
+                notes.append(note)
+            torch.cuda.synchronize()
+            return "-"
+
+    def check(row, x, gate, calls):
+        """o of the peers beside ours."""
+        if library is None:
+            return
+        with torch.no_grad():
+            x.state.copy_(x.h0)
+            library.prefill(x, gate) if not row.startswith("decode") else library.decode(x, gate)
+            torch.cuda.synchronize()
+            ours = x.out.clone()
+            for name, call in calls.items():
+                if name == "ours" or name in reasons or left() <= 0:
+                    continue
+                if hurried and name == "fla" and not row.startswith("decode") and (x.H, gate) not in (compiled or ()):
+                    checks.append(f"{row}, {gate}: fla was not compiled in time")
+                    continue
+                try:
+                    apart = rel_rms(call(x, gate), ours)
+                    checks.append(f"{row}, {gate}: ours and {name} are {apart:.2e} apart "
+                                  f"{'ok' if apart <= TOLERANCE else 'FAILED'}")
+                except Exception as reason:
+                    checks.append(f"{row}, {gate}: {name} did not run: {first_line(reason)}")
+
+    columns = list(peers)
+    first = True
+    for row, lengths, H in prefill_shapes():
+        if options.only not in row:
+            continue
+        probe = Inputs(lengths, H, 1)
+        count = min(24, max(2, math.ceil(2.5 * l2 / probe.bytes())))
+        sets = [probe] + [Inputs(lengths, H, 2 + i) for i in range(count - 1)]
+        for gate in (["bounded", "softplus"] if H in QUICK_HEADS or not options.quick else ["bounded"]):
+            if first:
+                check(row, probe, gate, peers)
+            if gate == "softplus":
+                first = False
+            cells = [cell(n, peers[n], sets, gate, row, H) for n in columns]
+            lines.append((f"{row} {gate}", cells))
+            print(lines[-1][0], *cells, file=sys.stderr, flush=True)
+        del sets, probe
+        torch.cuda.empty_cache()
+
+    decode_peers = {"ours": library.decode if library else None, "fla": fla_decode}
+    for row, B, H in DECODE:
+        if options.only not in row:
+            continue
+        probe = Inputs([1] * B, H, 1)
+        count = min(24, max(2, math.ceil(2.5 * l2 / probe.bytes())))
+        sets = [probe] + [Inputs([1] * B, H, 2 + i) for i in range(count - 1)]
+        if B == 1:
+            check(row, probe, "softplus", decode_peers)
+        cells = [cell(n, decode_peers.get(n), sets, "softplus", row, H) if n in decode_peers else "-" for n in columns]
+        lines.append((f"{row} softplus", cells))
+        print(lines[-1][0], *cells, file=sys.stderr, flush=True)
+        del sets, probe
+        torch.cuda.empty_cache()
+
+    relatives = []
+    if have_fla and not options.quick:
+        for row, T, H in (("T4096 H16", 4096, 16), ("T8192 H16", 8192, 16)):
+            if options.only not in row:
+                continue
+            sets = [Inputs([T], H, i) for i in range(3)]
+            names = {"chunk_kda": fla_prefill, "gated delta rule": fla_gated_delta_rule, "DPLR": fla_dplr}
+            found = {n: cell(f"fla {n}", c, sets, "softplus", row, H) for n, c in names.items()}
+            relatives.append(f"fla {row}: " + ", ".join(f"{n} {v}" for n, v in found.items()))
+
+    import platform
+    print(f"\n{torch.cuda.get_device_name(0)}, torch {torch.__version__}, Python {platform.python_version()}, "
+          f"{time.monotonic() - started:.0f} s in all; ms, bf16 rows, f32 states in and out, D {D}")
+    width = max([len(n) for n, _ in lines] + [8])
+    print(" " * width, *(f"{c:>13}" for c in columns))
+    for name, cells in lines:
+        print(f"{name:<{width}}", *(f"{c:>13}" for c in cells))
+    for line in relatives + checks:
+        print(line)
+    for name, reason in reasons.items():
+        print(f"- {name}: {reason}")
+    for note in notes:
+        print(f"- {note}")
+    print("budget: left out for lack of time; compiling: fla's kernels were not ready in time; quick: left out by "
+          "--quick; *: without a CUDA graph")
+    return 1 if any("FAILED" in c for c in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
