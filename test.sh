@@ -45,7 +45,7 @@ unit() {
 fuzz() {
   local found report started=$SECONDS
   found=$(mktemp -d) report=build/fuzz/$1.log
-  if build/fuzz/fuzz_"$1" -seed=1 -runs="$2" -max_len=2048 -timeout=60 -rss_limit_mb=3000 -artifact_prefix=build/fuzz/"$1"- \
+  if build/fuzz/fuzz_"$1" -seed=1 -runs="$2" -max_len=4096 -timeout=60 -rss_limit_mb=3000 -artifact_prefix=build/fuzz/"$1"- \
       "$found" tests/fuzz/corpus/"$1" >"$report" 2>&1; then
     passed=$((passed + 1)); echo "ok    fuzz $1: $(grep -a DONE "$report" | tr -s ' \t' ' ' | cut -d' ' -f1-6), $((SECONDS - started)) s"
   else
@@ -78,9 +78,8 @@ if [ $quick = 0 ]; then
   unit "thread pool under TSan" build/tsan/base_tests
   unit "engine, model and operators under TSan" build/tsan/engine_tests
 
-  if fuzz_packages; then
+  if fuzz_packages && (need_packages $FUZZ_PACKAGES); then
     say "Fuzzing"
-    need_packages $FUZZ_PACKAGES
     build fuzz fuzzers -- -DCMAKE_C_COMPILER="$FUZZ_CLANG" -DCMAKE_CXX_COMPILER="clang++-${FUZZ_CLANG#clang-}"
     fuzz safetensors 40000
     fuzz config 40000
@@ -88,7 +87,7 @@ if [ $quick = 0 ]; then
     fuzz chat 8000
     fuzz session 30000
   else
-    say "Fuzzing left out: apt has none of $FUZZ_COMPILERS with its runtime"
+    say "Fuzzing left out: none of $FUZZ_COMPILERS can be installed here together with its runtime"
   fi
 
   nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)

@@ -39,7 +39,7 @@ fuzz_packages() {
       # Both: an apt that knows only one of them cannot help.
       [ "$(apt-cache policy $FUZZ_PACKAGES 2>/dev/null | grep -c 'Candidate: [^(]')" = 2 ] && return
     done
-    [ $updated = yes ] || as_root apt-get update -qq 2>/dev/null || true  # a fresh image has no lists
+    [ $updated = yes ] || (as_root apt-get update -qq) >/dev/null 2>&1 || true  # a fresh image has no lists
   done
   return 1
 }
