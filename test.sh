@@ -81,11 +81,11 @@ if [ $quick = 0 ]; then
   if fuzz_packages && (need_packages $FUZZ_PACKAGES); then
     say "Fuzzing"
     build fuzz fuzzers -- -DCMAKE_C_COMPILER="$FUZZ_CLANG" -DCMAKE_CXX_COMPILER="clang++-${FUZZ_CLANG#clang-}"
-    fuzz safetensors 40000
-    fuzz config 40000
+    fuzz safetensors 30000
+    fuzz config 20000
     fuzz rank_file 6000
-    fuzz chat 8000
-    fuzz session 30000
+    fuzz chat 5000
+    fuzz session 25000
   else
     say "Fuzzing left out: none of $FUZZ_COMPILERS can be installed here together with its runtime"
   fi
