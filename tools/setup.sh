@@ -6,6 +6,9 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 BUILD_PACKAGES="g++ cmake ninja-build pkg-config nlohmann-json3-dev libcli11-dev libedit-dev libpcre2-dev"
 TEST_PACKAGES="python3 libgtest-dev librapidcheck-dev"
+# The first of these compilers that can be had here is for the fuzz targets, with its libFuzzer. Debian 12's own clang (14)
+# does not understand <ranges> of libstdc++ 12.
+FUZZ_COMPILERS="clang-19 clang-18 clang-20 clang-21"
 
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"
@@ -25,6 +28,20 @@ need_packages() {
   say "Installing ${missing[*]}"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+}
+
+# fuzz_packages: sets FUZZ_CLANG (clang-19) and FUZZ_PACKAGES (it and its runtime); fails if there is none.
+fuzz_packages() {
+  local updated
+  for updated in no yes; do
+    for FUZZ_CLANG in $FUZZ_COMPILERS; do
+      FUZZ_PACKAGES="$FUZZ_CLANG libclang-rt-${FUZZ_CLANG#clang-}-dev"
+      # Both: an apt that knows only one of them cannot help.
+      [ "$(apt-cache policy $FUZZ_PACKAGES 2>/dev/null | grep -c 'Candidate: [^(]')" = 2 ] && return
+    done
+    [ $updated = yes ] || (as_root apt-get update -qq) >/dev/null 2>&1 || true  # a fresh image has no lists
+  done
+  return 1
 }
 
 # build PRESET TARGET... [-- CMAKE OPTIONS]: configures once, builds what changed.

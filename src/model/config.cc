@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "io/checkpoint.h"
+#include "io/quote.h"
 
 namespace kl {
 
@@ -15,7 +16,13 @@ using nlohmann::json;
 
 namespace {
 
-constexpr int kMaxDepth = 16;  // of nested JSON
+constexpr int kMaxDepth = 16;       // of nested JSON
+constexpr size_t kMaxErrors = 100;  // that a message lists
+
+// A value of the file, for messages.
+std::string shown(const json& value) {
+  return printable(value.dump(-1, ' ', true, json::error_handler_t::replace), 60);
+}
 
 // Reads typed values out of one JSON object and collects what is wrong, so that a user sees all of it at
 // once.
@@ -85,9 +92,7 @@ class Reader {
     if (!good) wrong(key, cat("a list of layer numbers from 1 to ", layers));
   }
   void wrong(const char* key, const std::string& expected) {
-    std::string found = at(key).dump(-1, ' ', true, json::error_handler_t::replace);
-    if (found.size() > 60) found = found.substr(0, 60) + "...";
-    errors_.push_back(cat(prefix_, key, ": expected ", expected, ", found ", found));
+    errors_.push_back(cat(prefix_, key, ": expected ", expected, ", found ", shown(at(key))));
   }
 
  private:
@@ -110,15 +115,15 @@ void refuse_relatives(const json& root, const std::string& source) {
             ": this is not a Kimi Linear model: it has a text_config (a multimodal model such as Kimi K3)"));
   }
   const json type = root.value("model_type", json());
-  const std::string model_type = type.is_string() ? type.get<std::string>() : type.dump();
+  const std::string model_type = type.is_string() ? type.get<std::string>() : shown(type);
   KL_CHECK(model_type == "kimi_linear", source,
            ": this is not a Kimi Linear model: expected model_type kimi_linear, found ",
-           type.is_null() ? "none" : model_type);
+           type.is_null() ? "none" : printable(model_type, 60));
   for (const char* key :
        {"attn_res_block_size", "attnres_block_size", "routed_expert_hidden_size", "mla_use_output_gate",
         "activation_situ_beta", "activation_situ_linear_beta", "q_lora_rank", "index_topk"}) {
     if (root.contains(key) && !is_neutral(root[key])) {
-      detail::fail(cat(source, ": model_type says kimi_linear, but ", key, " = ", root[key].dump(),
+      detail::fail(cat(source, ": model_type says kimi_linear, but ", key, " = ", shown(root[key]),
                        " belongs to another model of the family (Kimi K3 carries the same model_type); only "
                        "Kimi Linear is "
                        "supported"));
@@ -126,14 +131,14 @@ void refuse_relatives(const json& root, const std::string& source) {
   }
   if (root.contains("hidden_act") && root["hidden_act"] != "silu") {
     detail::fail(
-        cat(source, ": model_type says kimi_linear, but hidden_act = ", root["hidden_act"].dump(),
+        cat(source, ": model_type says kimi_linear, but hidden_act = ", shown(root["hidden_act"]),
             " where Kimi Linear has \"silu\" (Kimi K3 carries the same model_type and has \"situ\")"));
   }
   const json linear = root.value("linear_attn_config", json::object());
   for (const char* key : {"use_full_rank_gate", "gate_lower_bound", "lower_bound", "safe_gate"}) {
     if (linear.is_object() && linear.contains(key) && !is_neutral(linear[key])) {
       detail::fail(cat(source, ": model_type says kimi_linear, but linear_attn_config.", key, " = ",
-                       linear[key].dump(),
+                       shown(linear[key]),
                        " belongs to another model of the family (Kimi K3 carries the same model_type); only "
                        "Kimi Linear is "
                        "supported"));
@@ -149,8 +154,7 @@ void refuse_unsupported(const json& root, std::vector<std::string>& errors) {
         "embedding_multiplier", "residual_multiplier", "attention_multiplier", "allow_neg_eigval",
         "quantization_config", "swiglu_limit", "hc_mult", "rope_parameters_mla"}) {
     if (root.contains(key) && !is_neutral(root[key])) {
-      errors.push_back(
-          cat(key, ": not supported, it changes the computation; found ", root[key].dump().substr(0, 60)));
+      errors.push_back(cat(key, ": not supported, it changes the computation; found ", shown(root[key])));
     }
   }
   // The published layer has no positional encoding; mla_use_nope: false would ask for rotation. Absent means
@@ -165,8 +169,8 @@ void refuse_unsupported(const json& root, std::vector<std::string>& errors) {
   if (root.contains("linear_attn_config") && root["linear_attn_config"].is_object()) {
     for (const auto& [key, value] : root["linear_attn_config"].items()) {
       if (!known.count(key) && !is_neutral(value)) {
-        errors.push_back(cat("linear_attn_config.", key, ": not known, it may change the computation; found ",
-                             value.dump().substr(0, 60)));
+        errors.push_back(cat("linear_attn_config.", printable(key, 60),
+                             ": not known, it may change the computation; found ", shown(value)));
       }
     }
   }
@@ -210,11 +214,11 @@ void read_layer_types(const json& root, Config& c, std::vector<std::string>& err
     const bool kda = types[i] == "linear_attention";
     if (!kda && types[i] != "full_attention") {
       errors.push_back(
-          cat("layer_types[", i, "]: expected linear_attention or full_attention, found ", types[i].dump()));
+          cat("layer_types[", i, "]: expected linear_attention or full_attention, found ", shown(types[i])));
     } else if (!lists) {
       c.kda_[i] = kda;
     } else if (kda != c.kda_[i]) {
-      errors.push_back(cat("layer_types[", i, "] = ", types[i].dump(), " contradicts linear_attn_config"));
+      errors.push_back(cat("layer_types[", i, "] = ", shown(types[i]), " contradicts linear_attn_config"));
     }
   }
 }
@@ -229,7 +233,7 @@ void check_mlp_layer_types(const json& root, const Config& c, std::vector<std::s
   for (int i = 0; i < c.num_hidden_layers; ++i) {
     const char* expected = c.is_moe(i) ? "sparse" : "dense";
     if (types[static_cast<size_t>(i)] != expected) {
-      errors.push_back(cat("mlp_layer_types[", i, "] = ", types[static_cast<size_t>(i)].dump(),
+      errors.push_back(cat("mlp_layer_types[", i, "] = ", shown(types[static_cast<size_t>(i)]),
                            ": first_k_dense_replace and ", "moe_layer_freq make this layer ", expected));
     }
   }
@@ -246,7 +250,7 @@ void read_linear_attention(const json& root, Config& c, std::vector<std::string>
   if (root.contains("linear_attn_config") && !root["linear_attn_config"].is_null()) {
     const json& nested = root["linear_attn_config"];
     if (!nested.is_object()) {
-      errors.push_back("linear_attn_config: expected an object, found " + nested.dump().substr(0, 60));
+      errors.push_back("linear_attn_config: expected an object, found " + shown(nested));
       return;
     }
     const LinearAttnConfig repeated = linear;
@@ -286,7 +290,7 @@ void read_moe(const json& root, Config& c, std::vector<std::string>& errors) {
 
   if (c.moe_router_activation_func != "sigmoid" && c.moe_router_activation_func != "softmax") {
     errors.push_back("moe_router_activation_func: expected sigmoid or softmax, found " +
-                     c.moe_router_activation_func);
+                     printable(c.moe_router_activation_func, 60));
   }
   if (c.num_experts_per_token == 0) errors.push_back("num_experts_per_token is missing");
   if (c.moe_intermediate_size == 0) errors.push_back("moe_intermediate_size is missing");
@@ -335,8 +339,7 @@ void read_token_ids(const json& root, Config& c, std::vector<std::string>& error
         id.get<int64_t>() <= std::numeric_limits<int32_t>::max()) {
       c.eos_token_ids.push_back(id.get<int>());
     } else {
-      errors.push_back("eos_token_id: expected a token id or a list of them, found " +
-                       eos.dump().substr(0, 60));
+      errors.push_back("eos_token_id: expected a token id or a list of them, found " + shown(eos));
       break;
     }
   }
@@ -354,7 +357,7 @@ json parse_bounded(std::string_view text, const std::string& source) {
     KL_CHECK(root.is_object(), source, ": expected a JSON object");
     return root;
   } catch (const json::exception& e) {
-    detail::fail(cat(source, ": not valid JSON: ", e.what()));
+    detail::fail(cat(source, ": not valid JSON: ", printable(e.what())));
   }
 }
 
@@ -397,7 +400,8 @@ Config parse_config(std::string_view json_text, const std::string& source) {
   }
   if (!errors.empty()) {
     std::string message = cat(source, ": cannot use this configuration:");
-    for (const std::string& e : errors) message += "\n  " + e;
+    for (size_t i = 0; i < errors.size() && i < kMaxErrors; ++i) message += "\n  " + errors[i];
+    if (errors.size() > kMaxErrors) message += cat("\n  and ", errors.size() - kMaxErrors, " more");
     detail::fail(message);
   }
   return c;

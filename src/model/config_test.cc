@@ -137,6 +137,35 @@ TEST(Config, LayerListsMustFit) {
   expect_mentions(refusal(j), {"mlp_layer_types[1]"});
 }
 
+// Found by fuzz_config: what a terminal obeys came through from several places, and nothing bounded the
+// message.
+TEST(Config, MessagesAreShortAndPrintable) {
+  const std::string escape = "\x1b]0;x\x07\x7f\u009b";
+  std::vector<std::string> messages;
+  for (const char* key :
+       {"model_type", "hidden_act", "moe_router_activation_func", "attention_bias", "q_lora_rank"}) {
+    json j = base();
+    j[key] = escape + std::string(1000, 'a');
+    messages.push_back(refusal(j));
+  }
+  json j = base();
+  j["linear_attn_config"][escape] = escape;
+  messages.push_back(refusal(j));
+  j = base();
+  j["linear_attn_config"]["lower_bound"] = escape;
+  messages.push_back(refusal(j));
+  messages.push_back(refusal("{\"a\": \"" + escape + "\", \xff"));
+  j = json::parse(config_json(TinyModel{.layers = std::string(2000, 'K')}));
+  j["layer_types"] = json(std::vector<std::string>(2000, escape));
+  messages.push_back(refusal(j));
+  expect_mentions(messages.back(), {"and 1900 more"});
+  for (const std::string& message : messages) {
+    EXPECT_NE(message, "");
+    EXPECT_LT(message.size(), 20'000u) << message;
+    for (const char c : message) EXPECT_TRUE(c == '\n' || (c >= 0x20 && c < 0x7f)) << message;
+  }
+}
+
 TEST(Config, HostileText) {
   for (const std::string& text :
        {std::string(), std::string("{"), std::string("[]"), std::string("null"), std::string("\xff\xfe"),

@@ -137,6 +137,7 @@ SavedSequence parse_session(std::span<const std::byte> bytes, const std::string&
   }
   saved.logits.resize(h.vocab_size);
   read(saved.logits.data(), 4 * h.vocab_size);
+  state.check_fits(slot, static_cast<int64_t>(h.tokens));  // the last thing that can fail
   state.reset(slot);
   state.reserve(slot, static_cast<int64_t>(h.tokens));
   state.advance(slot, static_cast<int64_t>(h.tokens));

@@ -33,7 +33,8 @@ struct SavedSequence {
 
 // Makes the sequence of a file that of `slot`. Throws kl::Error that names what was found and expected if the
 // file is not a session file, of another version, cut, changed, of another model or another type of latents,
-// or too long for the context; `state` is untouched then.
+// or too long for the context or for the pages that are free; `state` is
+// untouched then.
 SavedSequence read_session_file(const std::string& path, const Model&, State& state, int slot);
 // The same for bytes in memory (tests, fuzzing).
 SavedSequence parse_session(std::span<const std::byte> bytes, const std::string& name, const Model&,

@@ -174,6 +174,14 @@ RC_GTEST_FIXTURE_PROP(SessionFile, RandomBytesAreRefused, (std::vector<uint8_t> 
   RC_ASSERT(refusal(std::as_bytes(std::span(bytes)), model) != "");
 }
 
+// Found by fuzz_session: the sequence that was there was gone when the pages did not suffice.
+TEST_F(SessionFile, AFileThatTheFreePagesDoNotHoldChangesNothing) {
+  StateOptions few = options;
+  few.pages = 2;  // of 8 tokens; the file has 21
+  target.emplace(model.config, few, 5, 2);
+  EXPECT_NE(refusal(file, model).find("3 pages of 8 tokens are needed, 2 are free"), std::string::npos);
+}
+
 TEST_F(SessionFile, OtherModelsAreRefused) {
   const testing::TempDir other;
   for (const TinyModel& m : {TinyModel{.seed = 2}, TinyModel{.layers = "KMKK"}, TinyModel{.scaling = 2.4}}) {

@@ -100,6 +100,7 @@ void State::reset(int slot) {
 void State::copy(int from, int to) {
   const Sequence& source = sequence(from);
   if (from == to) return;
+  check_fits(to, source.length);
   reset(to);
   reserve(to, source.length);
   Sequence& target = sequence(to);
@@ -143,6 +144,17 @@ std::vector<std::span<std::byte>> State::memory(int slot) const {
 StateBytes State::bytes(int slot) const {
   return state_bytes(config_, static_cast<int64_t>(sequence(slot).pages.size()) * options_.page_size,
                      options_);
+}
+
+void State::check_fits(int slot, int64_t tokens) const {
+  const Sequence& s = sequence(slot);
+  KL_CHECK(tokens >= 0 && tokens <= options_.max_tokens, "context is full: ", tokens, " tokens do not fit ",
+           options_.max_tokens);
+  if (config_.mla_layer_count() == 0) return;
+  const int64_t needed = pages_for(tokens, options_.page_size);
+  const int64_t there = free_pages() + static_cast<int64_t>(s.pages.size());
+  KL_CHECK(needed <= there, "latent cache is full: ", needed, " pages of ", options_.page_size,
+           " tokens are needed, ", there, " are free");
 }
 
 void State::reserve(int slot, int64_t tokens) {

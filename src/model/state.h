@@ -42,12 +42,15 @@ class State {
   void close(int slot);  // gives the slot and its pages back
   void reset(int slot);  // the empty sequence again
   // The sequence of `from` becomes that of `to` as well (both open); from then on they are independent.
+  // Throws kl::Error, changing nothing, if no pages are left for it.
   void copy(int from, int to);
 
   int64_t length(int slot) const;  // tokens that have been through the model
   StateBytes bytes(int slot) const;
   int64_t free_pages() const { return static_cast<int64_t>(free_pages_.size()); }
 
+  // Whether `slot`, once reset, could hold `tokens`. Throws kl::Error that says why not.
+  void check_fits(int slot, int64_t tokens) const;
   // Takes pages so that `tokens` more fit. Throws kl::Error, changing nothing, if the sequence would pass
   // max_tokens or no pages are left.
   void reserve(int slot, int64_t tokens);

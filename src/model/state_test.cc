@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <rapidcheck/gtest.h>
 
+#include <cstring>
 #include <set>
 
 #include "base/check.h"
@@ -86,6 +87,26 @@ TEST(State, CopyIsDeep) {
     EXPECT_TRUE(testing::same_bits(state.latent(1)[state.pages(a)[p]], state.latent(1)[state.pages(b)[p]]));
   }
   EXPECT_EQ(state.bytes(a).total(), state.bytes(b).total());
+}
+
+// A copy that the free pages do not hold leaves the sequence that it would have replaced.
+TEST(State, CopyWithoutPagesChangesNothing) {
+  State state(config("KM"), {.slots = 2, .max_tokens = 64, .pages = 7, .page_size = 4});
+  const int a = state.open(), b = state.open();
+  state.reserve(a, 20), state.advance(a, 20);  // 5 pages: more than the two that `b` has or finds free
+  state.reserve(b, 3), state.advance(b, 3);
+  testing::Random random(1);
+  testing::fill_normal(state.kda(0)[b], random);
+  const OwnedTensor before = make_tensor(DType::f32, {2, 8, 8});
+  ASSERT_EQ(before.tensor.bytes(), state.kda(0)[b].bytes());
+  std::memcpy(before.tensor.data, state.kda(0)[b].data, static_cast<size_t>(before.tensor.bytes()));
+  EXPECT_THROW(state.copy(a, b), Error);
+  EXPECT_EQ(state.length(b), 3);
+  EXPECT_EQ(state.pages(b).size(), 1u);
+  EXPECT_TRUE(testing::same_bits(state.kda(0)[b], before.tensor));
+  EXPECT_THROW(state.check_fits(b, 9), Error);
+  EXPECT_NO_THROW(state.check_fits(b, 8));
+  EXPECT_THROW(state.check_fits(b, 65), Error);
 }
 
 // Whatever is opened, grown, copied and closed: no page is lost and none has two owners.

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "io/quote.h"
 #include "text/json_text.h"
 
 namespace kl {
@@ -32,7 +33,7 @@ class Renderer {
   }
 
   void message(const ChatMessage& message, size_t number) {
-    const std::string where = cat("message ", number, " (", message.role, ")");
+    const std::string where = cat("message ", number, " (", printable(message.role, 60), ")");
     KL_CHECK(!message.role.empty(), "message ", number, ": no role");
     KL_CHECK(message.tool_calls.empty() || message.role == "assistant", where,
              ": tool calls belong to an assistant message");

@@ -100,6 +100,25 @@ TEST(Chat, ToolCallsAndResults) {
             "<|tool_calls_section_end|><|im_end|>");
 }
 
+// Found by fuzz_chat and fuzz_rank_file: messages quoted bytes that a terminal obeys.
+TEST(Chat, MessagesArePrintable) {
+  ChatMessage hostile = message("\x1b[2J\xff", "");
+  hostile.tool_calls = {{"", "f", ""}};
+  EXPECT_EQ(error_of([&] { render_chat({hostile}); }),
+            "message 0 (\\x1b[2J\\xff): tool calls belong to an assistant message");
+  const std::string not_json = error_of([] { render_chat({}, "[\"\x7f\xc2\x9b\", \xff"); });
+  const std::string twice = error_of([] {
+    Tokenizer::from_memory(testing::rank_file({}), {{256, "\x1b[2J"}, {257, "\x1b[2J"}}, 258);
+  });
+  const std::string early = error_of([] {
+    Tokenizer::from_memory(testing::rank_file({}), {{3, "\x1b[2J"}}, 258);
+  });
+  for (const std::string& text : {not_json, twice, early}) {
+    EXPECT_NE(text, "");
+    for (const char c : text) EXPECT_TRUE(c >= 0x20 && c < 0x7f) << text;
+  }
+}
+
 TEST(Chat, SaysWhatIsWrong) {
   EXPECT_EQ(error_of([] { render_chat({message("user", "U"), message("", "x")}); }), "message 1: no role");
   ChatMessage user = message("user", "U");

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/check.h"
+#include "io/quote.h"
 
 namespace kl {
 namespace {
@@ -59,7 +60,7 @@ nlohmann::json parse_json(std::string_view text, std::string_view what) {
   try {
     return json::parse(text, bounded);
   } catch (const json::exception& error) {
-    throw Error(cat(what, ": not JSON: ", error.what()));
+    throw Error(cat(what, ": not JSON: ", printable(error.what())));
   }
 }
 

@@ -1,6 +1,7 @@
 #include "text/special_tokens.h"
 
 #include "base/check.h"
+#include "io/quote.h"
 
 namespace kl {
 namespace {
@@ -11,8 +12,8 @@ constexpr size_t kLongestName = 256;
 SpecialTokens::SpecialTokens(int32_t first, int32_t end, const std::map<int32_t, std::string>& names,
                              const std::set<int32_t>& kept, const std::string& where)
     : first_(first), nodes_(1) {
-  KL_CHECK(names.empty() || names.begin()->first >= first, where, ": \"", names.begin()->second,
-           "\" has the id ", names.begin()->first, ", expected one after the ", first, " ranks");
+  KL_CHECK(names.empty() || names.begin()->first >= first, where, ": ", in_quotes(names.begin()->second),
+           " has the id ", names.begin()->first, ", expected one after the ", first, " ranks");
   names_.reserve(static_cast<size_t>(end - first));
   for (int32_t id = first; id < end; ++id) {
     const auto named = names.find(id);
@@ -36,7 +37,7 @@ void SpecialTokens::insert(const std::string& name, int32_t id, const std::strin
     node = next;
   }
   int32_t& owner = nodes_[static_cast<size_t>(node)].id;
-  KL_CHECK(owner < 0, where, ": the ids ", owner, " and ", id, " have the same name \"", name, "\"");
+  KL_CHECK(owner < 0, where, ": the ids ", owner, " and ", id, " have the same name ", in_quotes(name));
   owner = id;
   begins_[static_cast<uint8_t>(name[0])] = true;
 }

@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "io/checkpoint.h"
+#include "io/quote.h"
 #include "text/bpe.h"
 #include "text/json_text.h"
 #include "text/long_text.h"
@@ -38,7 +39,7 @@ AddedTokens read_added_tokens(const std::string& path) {
     int32_t id = -1;
     const auto [stop, error] = std::from_chars(key.data(), key.data() + key.size(), id);
     KL_CHECK(error == std::errc{} && stop == key.data() + key.size() && id >= 0, path,
-             ": added_tokens_decoder: \"", key, "\" is not an id");
+             ": added_tokens_decoder: ", in_quotes(key), " is not an id");
     const auto content = token.is_object() ? token.find("content") : token.end();
     KL_CHECK(token.is_object() && content != token.end() && content->is_string(), path,
              ": added_tokens_decoder: ", id, ": expected an object with a string \"content\"");
