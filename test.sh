@@ -71,7 +71,7 @@ unit "libkda" python3 tests/libkda_test.py build/cpu
 
 if [ $quick = 0 ]; then
   say "AddressSanitizer and UndefinedBehaviorSanitizer"
-  build asan kl_tests
+  build asan kl_tests -- -DKL_TESTS_FROM="$PWD/build/cpu"  # the code under test is checked, the tests are not
   unit "unit tests under ASan and UBSan" build/asan/kl_tests
 
   say "ThreadSanitizer"
@@ -98,9 +98,10 @@ if [ $quick = 0 ]; then
   nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null || true)
   if [ -n "$nvcc" ]; then
     say "CUDA build (no GPU needed)"
+    # The oldest and the newest of the portable list here; releases are built for all of it.
     check "CUDA kernels compile and link" build cuda ops_kda_tests ops_delta_net_tests ops_dplr_tests \
       ops_linear_attention_tests ops_act_tests ops_norm_tests kda kda_cuda_bench kda_decode_cuda_bench \
-      relatives_cuda_bench -- -DKL_TESTS=ON -DCMAKE_CUDA_COMPILER="$nvcc"
+      relatives_cuda_bench -- -DKL_TESTS=ON -DKL_CUDA_ARCHS="80;120" -DCMAKE_CUDA_COMPILER="$nvcc"
   else
     say "CUDA build left out: no nvcc here"
   fi
