@@ -46,19 +46,35 @@ void load_padded(const Head& h, int64_t slot, float* S) {
   std::fill(S + h.K * stride, S + kda_padded(h.K) * stride, 0.f);
 }
 
+// The state at `slot` <-> panels as the chunk kernel has them.
+int64_t panel_index(const Head& h, int64_t d, int64_t i) {
+  return i / kKdaPanel * kda_panel_stride(h.K) + d * kKdaPanel + i % kKdaPanel;
+}
+void load_panels(const Head& h, int64_t slot, float* S) {
+  std::fill(S, S + kda_panels_size(h.K, h.V), 0.f);
+  if (slot < 0) return;
+  for_each_of_state(h, slot,
+                    [&](auto x, int64_t d, int64_t i) { S[panel_index(h, d, i)] = static_cast<float>(x); });
+}
+void store_panels(const Head& h, const float* S, int64_t slot) {
+  if (slot < 0) return;
+  for_each_of_state(
+      h, slot, [&]<class T>(T& x, int64_t d, int64_t i) { x = static_cast<T>(S[panel_index(h, d, i)]); });
+}
+
 // Checkpoints lie between chunks: their rows are multiples of 16 tokens.
 void prefill_head(const Head& h, float* memory) {
   static_assert(16 % kKdaChunk == 0);
-  float *const S = memory, *const rest = memory + state_size(h.args);
+  float *const S = memory, *const rest = memory + kda_panels_size(h.K, h.V);
   const HeadGate<float> gate(h.args.gate, h.head, h.K);
   const KdaCpuHead head = cpu_head(h, gate);
   int64_t begin = h.begin;
   const auto keep_at = [&](int64_t end, int64_t slot) {
     KL_ACTIVE_ISA(kda_chunks)({head, begin, end, S, rest});
     begin = end;
-    store_state(h, S, slot, kda_state_stride(h.V));
+    store_panels(h, S, slot);
   };
-  load_padded(h, h.read_slot, S);
+  load_panels(h, h.read_slot, S);
   kda::for_each_checkpoint(h.args, h.begin, h.end, keep_at);
   keep_at(h.end, h.write_slot);
 }
@@ -102,11 +118,13 @@ void copy_state(const Head& h, float* S) {
 void run_heads(Ctx& ctx, const KdaArgs& args, int64_t kernel_memory, void (*work)(const Head&, float*)) {
   const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1);
   Scratch scratch(ctx);
-  for_each_with_scratch(ctx.pool, N * Hv, scratch, state_size(args) + kernel_memory,
-                        [&](int64_t task, float* memory) {
-                          const Head h = kda::head_of(args, task / Hv, task % Hv);
-                          h.begin == h.end ? copy_state(h, memory) : work(h, memory);
-                        });
+  for_each_with_scratch(
+      ctx.pool, N * Hv, scratch,
+      std::max(state_size(args), kda_panels_size(args.q.size(2), args.v.size(2))) + kernel_memory,
+      [&](int64_t task, float* memory) {
+        const Head h = kda::head_of(args, task / Hv, task % Hv);
+        h.begin == h.end ? copy_state(h, memory) : work(h, memory);
+      });
 }
 
 }  // namespace
