@@ -60,6 +60,12 @@ struct KdaArgs {
   float l2_eps = 1e-6f;
   float scale = 0.f;  // 0: K^-0.5
 
+  // CPU, prefill, f32: sequences are cut into segments of so many tokens, a multiple of 16, that are computed
+  // side by side; 0: never. Exact for any gate, but 2.3 times the arithmetic: for one long sequence, few
+  // heads and at least eight threads a head (docs/2026-11-24-kda-cpu.md). Bits depend on it, never on the
+  // threads.
+  int64_t segment = 0;
+
   // CUDA, prefill: memory of the operator until the work is done, at least kda_workspace_bytes() of it,
   // 256-byte aligned.
   Tensor workspace;  // u8

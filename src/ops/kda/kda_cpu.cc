@@ -6,6 +6,8 @@
 // the first-level cache once per chunk.
 #include "ops/kda/kda_cpu.h"
 
+#include <type_traits>
+
 #include "ops/kda/kda_factors.h"
 #include "ops/kda/kda_vec.h"
 
@@ -28,6 +30,8 @@ template <class F>
 void for_each_column(int64_t width, const F& f) {
   int64_t column = 0;
   for (; column + kCols * kLanes <= width; column += kCols * kLanes) f.template operator()<kCols>(column);
+  if constexpr (kCols > 2)
+    for (; column + 2 * kLanes <= width; column += 2 * kLanes) f.template operator()<2>(column);
   for (; column < width; column += kLanes) f.template operator()<1>(column);
 }
 
@@ -38,27 +42,37 @@ inline __attribute__((always_inline)) void for_each_in_tile(const F& f) {
   for (int x = 0; x < kRows * cols; ++x) f(x / cols, x % cols);
 }
 
-// The right factor of a product: registers [0, 16 / kLanes) of row l lie at data + l * row, those of the next
-// 16 columns `panel` floats behind.
-struct Columns {
-  float* data;
+// An operand is a matrix of f32, or of pairs of bf16 from two neighbours along the sum.
+inline Vec load_operand(const float* p) { return load(p); }
+inline BitVec load_operand(const uint32_t* p) { return load_bits<BitVec>(p); }
+inline Vec multiply_add(float a, Vec b, Vec sum) { return sum + a * b; }
+inline Vec multiply_add(uint32_t a, BitVec b, Vec sum) { return dot_pairs(sum, BitVec{} + a, b); }
+
+template <class T>
+struct Left {  // element (i, l) at data + i * row + l * step
+  const T* data;
+  int64_t row, step;
+};
+
+template <class T>
+struct Columns {  // 16 columns of row l at data + l * row, the next 16 columns `panel` further
+  T* data;
   int64_t row, panel;
 
-  float* at(int64_t l, int j) const {
+  T* at(int64_t l, int j) const {
     return data + l * row + j * kLanes / kKdaPanel * panel + j * kLanes % kKdaPanel;
   }
 };
 
-// sums_ij = sum_{l < depth} a[i * row_step + l * step] · b_lj: kRows rows of A times `cols` registers of B.
-template <int cols>
-inline __attribute__((always_inline)) void multiply_tile(const float* a, int64_t row_step, int64_t step,
-                                                         const Columns& b, int64_t depth,
+// sums_ij = sum_{l < depth} a_il · b_lj: kRows rows of A times `cols` registers of B.
+template <int cols, class T, class B>
+inline __attribute__((always_inline)) void multiply_tile(const Left<T>& a, const Columns<B>& b, int64_t depth,
                                                          Vec (&sums)[kRows][cols]) {
   for (int64_t l = 0; l < depth; ++l) {
-    Vec bs[cols];
-    for (int j = 0; j < cols; ++j) bs[j] = load(b.at(l, j));
+    decltype(load_operand(b.data)) bs[cols];
+    for (int j = 0; j < cols; ++j) bs[j] = load_operand(b.at(l, j));
     for_each_in_tile<cols>([&](int i, int j) __attribute__((always_inline)) {
-      sums[i][j] += a[i * row_step + l * step] * bs[j];
+      sums[i][j] = multiply_add(a.data[i * a.row + l * a.step], bs[j], sums[i][j]);
     });
   }
 }
@@ -96,6 +110,23 @@ class RowsAhead {
   int tensor_ = 0;
 };
 
+// What the products with the state are made of: f32, or pairs of bf16 that are rounded from it.
+struct F32Operands {
+  typedef float T;
+  const float *q_in, *k_in;  // [C, K]
+  const float* k_out;        // [C, K]
+  const float* u;            // [C, V]
+  float* S;                  // panels of [K]
+};
+struct PairOperands {
+  typedef uint32_t T;
+  uint32_t *q_in, *k_in;  // [C, K / 2]
+  uint32_t* k_out;        // [C / 2, K]
+  uint32_t* u;            // [C / 2, V]
+  uint32_t* S;            // panels of [K / 2], half as far apart
+};
+
+template <bool bf16>
 class Chunk {
  public:
   explicit Chunk(const KdaChunks& c)
@@ -107,13 +138,25 @@ class Chunk {
         panel_(kda_panel_stride(c.head.K)),
         u_(c.memory),
         rest_(u_ + C * V_),
-        f_(c.head.K, rest_) {}
+        f_(c.head.K, rest_) {
+    if constexpr (bf16) {
+      auto* memory = reinterpret_cast<uint32_t*>(rest_);
+      const auto take = [&](int64_t n) { return (memory += n) - n; };
+      x_ = {take(C * K_ / 2), take(C * K_ / 2), take(C / 2 * K_), take(C / 2 * V_),
+            take(kda_panels_size(h_.K, h_.V) / 2)};
+      for (int64_t column = 0; column < V_; column += kKdaPanel)
+        for (int64_t d = 0; d < K_; d += 2) round_state(column, d);
+    } else {
+      x_ = {f_.q_in, f_.k_in, f_.k_out, u_, S_};
+    }
+  }
 
   void run(int64_t begin, int64_t n) {
     begin_ = begin, n_ = n;
     for (int64_t i = 0; i < n_; ++i) load_columns(h_.v, begin_ + i, 0, h_.V, u_ + i * V_);
     for (int64_t x = n_ * V_; x < C * V_; x += kLanes) store(u_ + x, Vec{});
     kda_factors(h_, begin_, n_, f_);
+    if constexpr (bf16) round_factors();
     const int64_t next = begin + n, tiles = (n_ + kRows - 1) / kRows * (V_ / (kCols * kLanes) + 1);
     RowsAhead ahead(h_, next, min(next + C, end_), tiles);
     for (int64_t first = 0; first < h_.V; first += kColumns)
@@ -121,12 +164,25 @@ class Chunk {
   }
 
  private:
+  typedef std::conditional_t<bf16, PairOperands, F32Operands> Operands;
+  typedef typename Operands::T T;
+  static constexpr int kPair = bf16 ? 2 : 1;  // values of one operand
+
   void columns(int64_t first, int64_t width, RowsAhead&);
   void read_state(int64_t first, int64_t width, RowsAhead&);
   void solve(float* u, int64_t width);
   void advance(int64_t first, int64_t width);
-  Columns state(int64_t column) const {
+  void round_factors();
+  void round_state(int64_t column, int64_t d);
+  void round_values(int64_t first, int64_t width);
+
+  // A panel's columns of the state, as f32 and as an operand.
+  Columns<float> state(int64_t column) const {
     return {S_ + column / kKdaPanel * panel_ + column % kKdaPanel, kKdaPanel, panel_};
+  }
+  Columns<T> operand(int64_t column) const {
+    const int64_t panel = panel_ / kPair;
+    return {x_.S + column / kKdaPanel * panel + column % kKdaPanel, kKdaPanel, panel};
   }
 
   const KdaCpuHead& h_;
@@ -139,31 +195,72 @@ class Chunk {
   float* u_;  // [C, V] v, then the pseudo values
   float* rest_;
   KdaFactors f_;
+  Operands x_;
   alignas(64) float o_[C][kColumns];
 };
 
+template <bool bf16>
+void Chunk<bf16>::round_factors() {
+  if constexpr (bf16) {
+    for (int64_t i = 0; i < C; ++i)
+      for (int64_t d = 0; d < K_; d += kLanes) {
+        const HalfVec q = narrow_bf16(load(f_.q_in + i * K_ + d)),
+                      k = narrow_bf16(load(f_.k_in + i * K_ + d));
+        __builtin_memcpy(x_.q_in + (i * K_ + d) / 2, &q, sizeof q);
+        __builtin_memcpy(x_.k_in + (i * K_ + d) / 2, &k, sizeof k);
+      }
+    for (int64_t j = 0; j < C; j += 2)
+      for (int64_t d = 0; d < K_; d += kLanes)
+        store(x_.k_out + j / 2 * K_ + d,
+              pairs_of(load(f_.k_out + j * K_ + d), load(f_.k_out + (j + 1) * K_ + d)));
+  }
+}
+
+// Rows d, d + 1 of a panel.
+template <bool bf16>
+void Chunk<bf16>::round_state(int64_t column, int64_t d) {
+  if constexpr (bf16)
+    for (int j = 0; j < kKdaPanel / kLanes; ++j)
+      store(operand(column).at(d / 2, j),
+            pairs_of(load(state(column).at(d, j)), load(state(column).at(d + 1, j))));
+}
+
+template <bool bf16>
+void Chunk<bf16>::round_values(int64_t first, int64_t width) {
+  if constexpr (bf16)
+    for (int64_t j = 0; j < C; j += 2)
+      for (int64_t i = first; i < first + width; i += kLanes)
+        store(x_.u + j / 2 * V_ + i, pairs_of(load(u_ + j * V_ + i), load(u_ + (j + 1) * V_ + i)));
+}
+
 // Everything else, for columns [first, first + width) of V.
-void Chunk::columns(int64_t first, int64_t width, RowsAhead& ahead) {
+template <bool bf16>
+void Chunk<bf16>::columns(int64_t first, int64_t width, RowsAhead& ahead) {
   const int64_t padded = kda_padded(width);
   read_state(first, padded, ahead);
   solve(u_ + first, padded);
-  for (int64_t i = 0; i < n_; ++i) store_columns(o_[i], h_.out, begin_ + i, first, width);
+  for (int64_t i = 0; h_.out.data && i < n_; ++i) store_columns(o_[i], h_.out, begin_ + i, first, width);
+  round_values(first, padded);
   advance(first, padded);
 }
 
 // o_i = Sᵀ q_in_i,   u_i = v_i - Sᵀ k_in_i
-void Chunk::read_state(int64_t first, int64_t width, RowsAhead& ahead) {
-  const int64_t K = h_.K, row_step = K_;
+template <bool bf16>
+void Chunk<bf16>::read_state(int64_t first, int64_t width, RowsAhead& ahead) {
+  const int64_t row = K_ / kPair, depth = (h_.K + kPair - 1) / kPair;
+  const bool writes = h_.out.data != nullptr;
   for_each_column(width, [=, this, &ahead]<int cols>(int64_t column) {
-    const Columns S = state(first + column);
+    const Columns<T> S = operand(first + column);
     for (int64_t i = 0; i < n_; i += kRows) {
-      Vec q[kRows][cols] = {};
-      multiply_tile(f_.q_in + i * row_step, row_step, 1, S, K, q);
-      for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
-        store(o_[i + r] + column + c * kLanes, q[r][c]);
-      });
+      if (writes) {
+        Vec q[kRows][cols] = {};
+        multiply_tile(Left<T>{x_.q_in + i * row, row, 1}, S, depth, q);
+        for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
+          store(o_[i + r] + column + c * kLanes, q[r][c]);
+        });
+      }
       Vec k[kRows][cols] = {};
-      multiply_tile(f_.k_in + i * row_step, row_step, 1, S, K, k);
+      multiply_tile(Left<T>{x_.k_in + i * row, row, 1}, S, depth, k);
       for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
         float* const v = u_ + (i + r) * V_ + first + column + c * kLanes;
         store(v, load(v) - k[r][c]);
@@ -175,12 +272,13 @@ void Chunk::read_state(int64_t first, int64_t width, RowsAhead& ahead) {
 
 // u_i <- beta_i (u_i - sum_{j<i} Akk_ij u_j),   o_i += sum_{j<=i} Aqk_ij u_j. Only sums of earlier rows, so
 // that a NaN of a later token stays its own: of the rows before a tile as one product, inside it row by row.
-void Chunk::solve(float* u, int64_t width) {
+template <bool bf16>
+void Chunk<bf16>::solve(float* u, int64_t width) {
   for_each_column(width, [&]<int cols>(int64_t column) {
-    const Columns earlier = {u + column, V_, kKdaPanel};
+    const Columns<float> earlier = {u + column, V_, kKdaPanel};
     for (int64_t i = 0; i < n_; i += kRows) {
       Vec u_i[kRows][cols], sums[kRows][cols] = {};
-      multiply_tile(f_.Akk[i], C, 1, earlier, i, sums);
+      multiply_tile(Left<float>{f_.Akk[i], C, 1}, earlier, i, sums);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         float* const row = u + (i + r) * V_ + column;
@@ -193,8 +291,9 @@ void Chunk::solve(float* u, int64_t width) {
           store(row + c * kLanes, u_i[r][c]);
         }
       }
+      if (!h_.out.data) continue;
       for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) { sums[r][c] = Vec{}; });
-      multiply_tile(f_.Aqk[i], C, 1, earlier, i, sums);
+      multiply_tile(Left<float>{f_.Aqk[i], C, 1}, earlier, i, sums);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
         float* const o = o_[i + r] + column;
@@ -211,19 +310,26 @@ void Chunk::solve(float* u, int64_t width) {
 }
 
 // S <- Diag(decay) S + sum_j k_out_j u_jᵀ
-void Chunk::advance(int64_t first, int64_t width) {
-  const float *const keep = f_.keep, *const change = f_.change, *const k_out = f_.k_out;
-  const int64_t K = h_.K, n = n_, step = K_;
+template <bool bf16>
+void Chunk<bf16>::advance(int64_t first, int64_t width) {
+  const float *const keep = f_.keep, *const change = f_.change;
+  const int64_t K = h_.K, step = K_, depth = (n_ + kPair - 1) / kPair;
   for_each_column(width, [=, this]<int cols>(int64_t column) {
-    const Columns S = state(first + column), u = {u_ + first + column, V_, kKdaPanel};
+    const Columns<float> S = state(first + column);
+    const Columns<const T> u = {x_.u + first + column, V_, kKdaPanel};
     for (int64_t d = 0; d < K; d += kRows) {
       Vec sums[kRows][cols] = {};
-      multiply_tile(k_out + d, 1, step, u, n, sums);
+      multiply_tile(Left<T>{x_.k_out + d, 1, step}, u, depth, sums);
       for_each_in_tile<cols>([&](int r, int c) __attribute__((always_inline)) {
         float* const to = S.at(d + r, c);
         const Vec s = load(to);
-        store(to, keep[d + r] * s + (change[d + r] * s + sums[r][c]));
+        sums[r][c] = keep[d + r] * s + (change[d + r] * s + sums[r][c]);
+        store(to, sums[r][c]);
       });
+      if constexpr (bf16)
+        for (int r = 0; r < kRows; r += 2)
+          for (int c = 0; c < cols; ++c)
+            store(operand(first + column).at((d + r) / 2, c), pairs_of(sums[r][c], sums[r + 1][c]));
     }
   });
 }
@@ -231,8 +337,10 @@ void Chunk::advance(int64_t first, int64_t width) {
 }  // namespace
 
 void kda_chunks(const KdaChunks& c) {
-  Chunk chunk(c);
-  for (int64_t begin = c.begin; begin < c.end; begin += C) chunk.run(begin, min(C, c.end - begin));
+  const auto run = [&](auto chunk) {
+    for (int64_t begin = c.begin; begin < c.end; begin += C) chunk.run(begin, min(C, c.end - begin));
+  };
+  c.bf16 ? run(Chunk<true>(c)) : run(Chunk<false>(c));
 }
 
 }  // namespace kl::KL_ISA

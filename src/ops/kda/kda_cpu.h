@@ -8,6 +8,8 @@
 namespace kl {
 
 void kda_prefill_cpu(Ctx&, const KdaArgs&);  // kda_heads.cc
+// With the products of bf16, whether the processor has them or not; for tests.
+void kda_prefill_cpu_bf16(Ctx&, const KdaArgs&);
 void kda_decode_cpu(Ctx&, const KdaArgs&);
 
 // One head of a tensor [T, heads, n].
@@ -19,7 +21,8 @@ struct KdaHeadRows {
 
 // One value head of one sequence.
 struct KdaCpuHead {
-  KdaHeadRows q, k, v, g, beta, out;
+  KdaHeadRows q, k, v, g, beta;
+  KdaHeadRows out;  // without data: only the state is wanted
   int64_t K, V;
   float scale;
   bool l2norm;
@@ -39,6 +42,7 @@ struct KdaChunks {
   int64_t begin, end;
   float* state;   // in panels, see below; read and updated, its padding is zero
   float* memory;  // kda_chunks_memory() floats, 64-byte aligned
+  bool bf16;      // products with the state: operands rounded to bf16, f32 sums; the state itself stays f32
 };
 constexpr int64_t kKdaChunk = 16;
 // The state in panels of kKdaPanel columns, [kda_padded(V) / kKdaPanel][kda_padded(K)][kKdaPanel]: what a
@@ -50,7 +54,10 @@ constexpr int64_t kda_panels_size(int64_t K, int64_t V) {
   return kda_padded(V) / kKdaPanel * kda_panel_stride(K);
 }
 constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
-  return (4 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
+  const int64_t f32 = (4 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
+  const int64_t pairs =
+      (3 * kKdaChunk * kda_padded(K) + kKdaChunk * kda_padded(V) + kda_panels_size(K, V)) / 2;
+  return f32 + pairs;
 }
 
 // Rows of a decoded state, an odd number of cache lines apart for the same reason.

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "ops/kda/kda_cpu.h"
-#include "simd/vec.h"
+#include "simd/bf16_pairs.h"
 
 namespace kl::KL_ISA {
 
@@ -67,13 +67,7 @@ inline void load_columns(const KdaHeadRows& rows, int64_t t, int64_t first, int6
   for (int64_t i = n; i < kda_padded(n); ++i) to[i] = 0;
 }
 
-// To the nearest, ties to even; a NaN stays one.
-inline HalfVec narrow_bf16(Vec v) {
-  const BitVec u = (BitVec)v;
-  const BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const BitVec is_nan = (BitVec)(v != v);
-  return __builtin_convertvector((is_nan & (u >> 16 | 0x40u)) | (~is_nan & rounded), HalfVec);
-}
+inline HalfVec narrow_bf16(Vec v) { return __builtin_convertvector(round_bf16(v), HalfVec); }
 
 // n values, filled up as by load_columns(), -> columns [first, first + n) of row t.
 inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t, int64_t first, int64_t n) {
