@@ -17,18 +17,23 @@ namespace kl::KL_ISA {
 
 // To the nearest, ties to even; a NaN stays one. One value in the low half of each lane.
 inline BitVec round_bf16(Vec v) {
-#if defined(__AVX512BF16__)
-  return (BitVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
-#else
   const BitVec u = (BitVec)v;
   const BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const BitVec is_nan = (BitVec)(v != v);
   return (is_nan & (u >> 16 | 0x40u)) | (~is_nan & rounded);
-#endif
 }
 
 // `first` in the low half of a lane, `second` in the high one.
-inline BitVec pairs_of(Vec first, Vec second) { return round_bf16(first) | round_bf16(second) << 16; }
+inline BitVec pairs_of(Vec first, Vec second) {
+#if defined(__AVX512BF16__)
+  typedef uint16_t Halves __attribute__((vector_size(64)));
+  const Halves apart = (Halves)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  return (BitVec)__builtin_shufflevector(apart, apart, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#else
+  return round_bf16(first) | round_bf16(second) << 16;
+#endif
+}
 
 inline Vec dot_pairs(Vec sum, BitVec a, BitVec b) {
 #if defined(__AVX512BF16__)

@@ -42,7 +42,7 @@ struct KdaChunks {
   int64_t begin, end;
   float* state;   // in panels, see below; read and updated, its padding is zero
   float* memory;  // kda_chunks_memory() floats, 64-byte aligned
-  bool bf16;      // products with the state: operands rounded to bf16, f32 sums; the state itself stays f32
+  bool bf16;      // products that read the state take operands rounded to bf16; the state stays f32
 };
 constexpr int64_t kKdaChunk = 16;
 // The state in panels of kKdaPanel columns, [kda_padded(V) / kKdaPanel][kda_padded(K)][kKdaPanel]: what a
@@ -55,9 +55,7 @@ constexpr int64_t kda_panels_size(int64_t K, int64_t V) {
 }
 constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
   const int64_t f32 = (4 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
-  const int64_t pairs =
-      (3 * kKdaChunk * kda_padded(K) + kKdaChunk * kda_padded(V) + kda_panels_size(K, V)) / 2;
-  return f32 + pairs;
+  return f32 + kKdaChunk * kda_padded(K) + kda_panels_size(K, V) / 2;  // behind it what is rounded
 }
 
 // Rows of a decoded state, an odd number of cache lines apart for the same reason.

@@ -147,7 +147,7 @@ int64_t parts_of(int64_t heads, int64_t V, int64_t threads) {
 KdaArgs columns_of(const KdaArgs& args, int64_t begin, int64_t end) {
   KdaArgs part = args;
   part.v = args.v.slice(2, begin, end), part.out = args.out.slice(2, begin, end);
-  part.state = args.state.slice(args.state_v_first ? 2 : 3, begin, end);
+  if (args.state) part.state = args.state.slice(args.state_v_first ? 2 : 3, begin, end);
   return part;
 }
 
