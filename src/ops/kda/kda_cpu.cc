@@ -2,8 +2,8 @@
 // kda_chunk_ref.cc, with one chunk here for a sub-chunk there. What a chunk brings with it is prepared by
 // kda_factors_cpu.cc; here are its products with the state and with its own values.
 //
-// All products with the state are done for kColumns of V at a time, so that this part of the state comes into
-// the first-level cache once per chunk.
+// Products go tile by tile: a tile of columns of the state is read by all rows of the chunk, then the next.
+// All tiles of kColumns of V have been read before their values are solved for and written.
 #include "ops/kda/kda_cpu.h"
 
 #include <type_traits>
@@ -15,7 +15,7 @@ namespace kl::KL_ISA {
 namespace {
 
 constexpr int64_t C = kKdaChunk;
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 128;
 
 // Products keep kRows x kCols registers of sums: with fewer, an FMA waits for the one before.
 constexpr int kRows = 4;
@@ -68,6 +68,7 @@ struct Columns {  // 16 columns of row l at data + l * row, the next 16 columns 
 template <int cols, class T, class B>
 inline __attribute__((always_inline)) void multiply_tile(const Left<T>& a, const Columns<B>& b, int64_t depth,
                                                          Vec (&sums)[kRows][cols]) {
+#pragma GCC unroll 2
   for (int64_t l = 0; l < depth; ++l) {
     decltype(load_operand(b.data)) bs[cols];
     for (int j = 0; j < cols; ++j) bs[j] = load_operand(b.at(l, j));
@@ -79,7 +80,7 @@ inline __attribute__((always_inline)) void multiply_tile(const Left<T>& a, const
 
 // Asks for the rows of the chunk that comes next, a few at a time while the current one is computed. The rows
 // of a token lie far from those of the next one, mostly on a page of their own: without this, a quarter of
-// the time went into waiting for them.
+// the time went into waiting for them. Into the second-level cache: the first one is full of the state.
 class RowsAhead {
  public:
   RowsAhead(const KdaCpuHead& h, int64_t begin, int64_t end, int64_t steps)
@@ -93,7 +94,7 @@ class RowsAhead {
     for (int64_t i = 0; i < per_step_ && row_ < end_; ++i) {
       const KdaHeadRows& rows = *rows_[tensor_];
       const char* const row = rows.data + row_ * rows.stride;
-      for (int64_t byte = 0; byte < bytes_[tensor_]; byte += 64) __builtin_prefetch(row + byte);
+      for (int64_t byte = 0; byte < bytes_[tensor_]; byte += 64) __builtin_prefetch(row + byte, 0, 2);
       if (++tensor_ == kTensors) tensor_ = 0, ++row_;
     }
   }
