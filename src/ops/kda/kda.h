@@ -71,7 +71,9 @@ struct KdaArgs {
   Tensor workspace;  // u8
 };
 
-// Any lengths. CPU: the chunkwise algorithm in f32; in f64 where beta may pass 1.
+// Any lengths. CPU: the chunkwise algorithm in f32, to 5e-6 of the recurrence in f64 (rel-RMS of outputs and
+// of states); in f64 where beta may pass 1. With ctx.precision == Precision::bf16 on AVX-512-BF16 (f32
+// elsewhere) what reads the state is rounded to bf16: 4e-3.
 void kda_prefill(Ctx&, const KdaArgs&);
 // Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
 // CPU.

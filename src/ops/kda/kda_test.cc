@@ -310,7 +310,7 @@ TEST(KdaAccuracy, Segments) {
 }
 
 // What reads the state is rounded to bf16, 1.7e-3 in the mean, on both sides of a product; the worst found is
-// 3.5e-3, and 4e-3 is what is promised. On a processor without such products this is their stand-in.
+// 3.0e-3, and 4e-3 is what is promised. On a processor without such products this is their stand-in.
 TEST(KdaAccuracy, Bf16Products) {
   Worst worst;
   const auto prefill_bf16 = [](const KdaArgs& args) {
