@@ -5,6 +5,8 @@
 //      with all values 0. Both by the chunk kernel, without outputs.
 //   2. of every head: the states in front of its segments, S_{j+1} = M_j S_j + C_j.
 //   3. of every segment: the outputs, by the chunk kernel from S_j.
+//
+// Memory: K (K + V) floats for each segment and head.
 #include "ops/kda/kda_heads.h"
 #include "simd/gemm.h"
 #include "simd/scratch.h"
@@ -156,19 +158,18 @@ void Scan::chain(int64_t value_head) const {
           S_before[i * K_ + d] = static_cast<float>(x);
         });
     }
-    if (!s.last)
-      KL_ACTIVE_ISA(gemm_nt)
-      ({.a = S_before,
-        .lda = K_,
-        .b = M(item),
-        .b_dtype = DType::f32,
-        .ldb = K_,
-        .c = S(item),
-        .ldc = K_,
-        .m = V_,
-        .n = K_,
-        .k = K_,
-        .accumulate = true});
+    if (!s.last) KL_ACTIVE_ISA(gemm_nt)
+    ({.a = S_before,
+      .lda = K_,
+      .b = M(item),
+      .b_dtype = DType::f32,
+      .ldb = K_,
+      .c = S(item),
+      .ldc = K_,
+      .m = V_,
+      .n = K_,
+      .k = K_,
+      .accumulate = true});
   }
 }
 
