@@ -1,10 +1,12 @@
 #include "bench_cases.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "base/counter_random.h"
 #include "ops/conv/conv.h"
 #include "ops/kda/kda.h"
+#include "ops/kda/kda_sweeps.h"
 #include "ops/linear/linear.h"
 #include "ops/mla/mla.h"
 #include "ops/norm/norm.h"
@@ -126,6 +128,7 @@ class Maker {
           {s.decode ? "kda_decode" : "kda_prefill", cat(s.N, " x ", s.T, " tokens, ", H, " heads of ", K),
            [a, decode = s.decode](Ctx& ctx, int64_t) { decode ? kda_decode(ctx, a) : kda_prefill(ctx, a); }});
     }
+    add_kda_yardstick(H, K);
     const int64_t P = H * K, W = config_.linear_attn_config.short_conv_kernel_size;
     for (const int64_t T : {int64_t{1}, kPrompt}) {
       const ShortConvArgs a = {.x = random({T, P}),
@@ -137,6 +140,47 @@ class Maker {
       cases_.push_back({"short_conv", cat("[", T, ", ", P, "], ", W, " taps"),
                         [a](Ctx& ctx, int64_t) { short_conv(ctx, a); }});
     }
+  }
+
+  // The plain loop over tokens, with what it takes ready: normalised q and k, log-decays, strengths. Beside
+  // it prefill with the same q, k and g (its beta is a logit).
+  void add_kda_yardstick(int64_t H, int64_t K) {
+    constexpr int64_t T = 1024;
+    const std::string shape = cat("1 x ", T, " tokens, ", H, " heads of ", K, ", gates ready");
+    const auto times = [](const Tensor& t, double factor, double offset) {
+      for (int64_t i = 0; i < t.numel(); ++i)
+        t.ptr<float>()[i] = static_cast<float>(factor * t.ptr<float>()[i] + offset);
+      return t;
+    };
+    const double unit = std::sqrt(3. / static_cast<double>(K));  // of uniform values
+    KdaArgs a;
+    a.q = times(random({T, H, K}), unit, 0), a.k = times(random({T, H, K}), unit, 0);
+    a.v = random({T, H, K}), a.g = times(random({T, H, K}), 0.5, -0.5), a.beta = random({T, H});
+    a.cu_seqlens = lengths(1, T), a.slot = slots(1), a.out = zeros(DType::f32, {T, H, K});
+    a.state = zeros(DType::f32, {1, H, K, K}), a.gate.kind = KdaGateKind::log_decay, a.l2norm = false;
+    cases_.push_back({"kda_prefill", shape, [a](Ctx& ctx, int64_t) { kda_prefill(ctx, a); }});
+    const Tensor strength = times(random({T, H}), 0.5, 0.5);
+    const double states = static_cast<double>(T * H * K * K);
+    cases_.push_back({"kda three-sweep loop (yardstick)", shape, [=](Ctx& ctx, int64_t) {
+                        const TraceScope trace(ctx.trace, "kda_three_sweeps",
+                                               static_cast<double>(5 * a.q.bytes()), 7 * states);
+                        parallel_for(ctx.pool, H, 1, [&](int64_t h, int64_t) {
+                          const auto rows = [h](const Tensor& t) {
+                            return KdaSweeps::Rows{t.ptr<float>() + h * t.stride[1], t.stride[0]};
+                          };
+                          KL_ACTIVE_ISA(kda_three_sweeps)
+                          ({.q = rows(a.q),
+                            .k = rows(a.k),
+                            .g = rows(a.g),
+                            .v = rows(a.v),
+                            .out = rows(a.out),
+                            .beta = rows(strength),
+                            .T = T,
+                            .K = K,
+                            .V = K,
+                            .state = a.state.at<float>(0, h)});
+                        });
+                      }});
   }
 
   void add_mla() {

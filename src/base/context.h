@@ -10,9 +10,9 @@
 
 namespace kl {
 
-// How exactly products with weights are computed. `exact`: activations as they are. `bf16`: activations may
-// be rounded to bf16 where the weights are bf16 too and the processor is faster so; each operator says what
-// that costs.
+// How exactly products with weights, and those of KDA's chunks, are computed. `exact`: factors as they are.
+// `bf16`: activations may be rounded to bf16 where the processor is faster so (with weights: where these are
+// bf16 too); each operator says what that costs.
 enum class Precision : uint8_t { exact, bf16 };
 
 struct Ctx {

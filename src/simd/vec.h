@@ -69,8 +69,8 @@ inline Vec load_part(const float* p, int64_t n, float other) {  // the other lan
 inline Vec load_part(const bf16* p, int64_t n) { return widen_bf16(load_part_bits<HalfVec>(p, n, 2)); }
 inline Vec load_part(const f16* p, int64_t n) { return widen_f16(load_part_bits<HalfVec>(p, n, 2)); }
 
-template <class V>
-inline void store(float* p, V v) {
+template <class V, class T>
+inline void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 inline void store_part(float* p, Vec v, int64_t n) { __builtin_memcpy(p, &v, static_cast<size_t>(4 * n)); }

@@ -64,12 +64,20 @@ struct KdaArgs {
   // batch. Calls with checkpoints and calls without still differ.
   bool batch_invariant = false;
 
+  // CPU, prefill, f32: sequences are cut into segments of so many tokens, a multiple of 16, that are computed
+  // side by side; 0: never. Exact for any gate, but 2.3 times the arithmetic: for one long sequence, few
+  // heads and at least eight threads a head (docs/2026-11-24-kda-cpu.md). Bits depend on it, never on the
+  // threads.
+  int64_t segment = 0;
+
   // CUDA, prefill: memory of the operator until the work is done, at least kda_workspace_bytes() of it,
   // 256-byte aligned.
   Tensor workspace;  // u8
 };
 
-// Any lengths. CPU: the chunkwise algorithm in f32; in f64 where beta may pass 1.
+// Any lengths. CPU: the chunkwise algorithm in f32, to 5e-6 of the recurrence in f64 (rel-RMS of outputs and
+// of states); in f64 where beta may pass 1. With ctx.precision == Precision::bf16 on AVX-512-BF16 (f32
+// elsewhere) what reads the state is rounded to bf16: 4e-3.
 void kda_prefill(Ctx&, const KdaArgs&);
 // Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
 // CPU.

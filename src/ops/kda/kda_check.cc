@@ -180,6 +180,8 @@ void check_slots(const KdaArgs& args) {
 }  // namespace
 
 void kda_check(const KdaArgs& args) {
+  KL_CHECK(args.segment >= 0 && args.segment % kCheckpointStep == 0, "kda segment: expected a multiple of ",
+           kCheckpointStep, " tokens or 0, found ", args.segment);
   check_rows(args);
   check_parameters(args);
   check_state(args);

@@ -118,6 +118,7 @@ TEST_F(KdaCheck, Numbers) {
   expect("kda scale: expected a finite number, found inf",
          [](KdaArgs& a) { a.scale = std::numeric_limits<float>::infinity(); });
   expect("kda l2_eps: expected a number of at least 0, found -1", [](KdaArgs& a) { a.l2_eps = -1; });
+  expect("kda segment: expected a multiple of 16 tokens or 0, found 40", [](KdaArgs& a) { a.segment = 40; });
 }
 
 TEST_F(KdaCheck, SequencesAndSlots) {

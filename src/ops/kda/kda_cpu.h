@@ -8,6 +8,8 @@
 namespace kl {
 
 void kda_prefill_cpu(Ctx&, const KdaArgs&);  // kda_heads.cc
+// With the products of bf16, whether the processor has them or not; for tests.
+void kda_prefill_cpu_bf16(Ctx&, const KdaArgs&);
 void kda_decode_cpu(Ctx&, const KdaArgs&);
 
 // One head of a tensor [T, heads, n].
@@ -19,7 +21,8 @@ struct KdaHeadRows {
 
 // One value head of one sequence.
 struct KdaCpuHead {
-  KdaHeadRows q, k, v, g, beta, out;
+  KdaHeadRows q, k, v, g, beta;
+  KdaHeadRows out;  // without data: only the state is wanted
   int64_t K, V;
   float scale;
   bool l2norm;
@@ -34,21 +37,31 @@ struct KdaCpuHead {
 constexpr int64_t kda_padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 // kda_cpu.cc: tokens [begin, end) in chunks of kKdaChunk, beginning at `begin`; beta is read as a logit.
-// `state` [kda_padded(K), kda_state_stride(V)] is read and updated; its padding is zero.
 struct KdaChunks {
   const KdaCpuHead& head;
   int64_t begin, end;
-  float* state;
+  float* state;   // in panels, see below; read and updated, its padding is zero
   float* memory;  // kda_chunks_memory() floats, 64-byte aligned
+  bool bf16;      // products that read the state take operands rounded to bf16; the state stays f32
 };
 constexpr int64_t kKdaChunk = 16;
-// Rows are an odd number of cache lines apart, so that a block of columns has the whole first-level cache.
+// The state in panels of kKdaPanel columns, [kda_padded(V) / kKdaPanel][kda_padded(K)][kKdaPanel]: what a
+// tile of columns reads lies in order, and comes from the second-level cache before it is asked for. Panels
+// are an odd number of cache lines apart, so that tiles of several panels have the whole first-level cache.
+constexpr int64_t kKdaPanel = 16;
+constexpr int64_t kda_panel_stride(int64_t K) { return (kda_padded(K) + 1) * kKdaPanel; }
+constexpr int64_t kda_panels_size(int64_t K, int64_t V) {
+  return kda_padded(V) / kKdaPanel * kda_panel_stride(K);
+}
+constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
+  const int64_t f32 = (4 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
+  return f32 + kKdaChunk * kda_padded(K) + kda_panels_size(K, V) / 2;  // behind it what is rounded
+}
+
+// Rows of a decoded state, an odd number of cache lines apart for the same reason.
 constexpr int64_t kda_state_stride(int64_t V) {
   const int64_t lines = kda_padded(V) / 16;
   return 16 * (lines + (lines + 1) % 2);
-}
-constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
-  return (7 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
 }
 
 // kda_decode_cpu.cc: one step of the recurrence for token t. Any strides, no padding.

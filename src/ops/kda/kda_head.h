@@ -81,31 +81,31 @@ Real load_beta(const Head& h, int64_t t) {
   return static_cast<Real>(write_strength(h.args.beta_kind, x));
 }
 
-// The state at `slot` <-> S[K][width], for either layout of the pool. A negative slot reads as zeros.
+// f(element, d, i) for all elements (d, i) of the [K, V] state at `slot`, for either layout of the pool.
+template <class F>
+void for_each_of_state(const Head& h, int64_t slot, F&& f) {
+  const Tensor pool = h.args.state[slot][h.head];
+  const int64_t step_k = pool.stride[h.args.state_v_first ? 1 : 0],
+                step_v = pool.stride[h.args.state_v_first ? 0 : 1];
+  dispatch_float(pool.dtype, [&]<class T>() {
+    T* const elements = pool.ptr<T>();
+    for (int64_t d = 0; d < h.K; ++d)
+      for (int64_t i = 0; i < h.V; ++i) f(elements[d * step_k + i * step_v], d, i);
+  });
+}
+
+// The state at `slot` <-> S[K][width]. A negative slot reads as zeros.
 template <class Real>
 void load_state(const Head& h, int64_t slot, Real* S, int64_t width) {
   std::fill(S, S + h.K * width, Real(0));
   if (slot < 0) return;
-  const Tensor pool = h.args.state[slot][h.head];
-  const int64_t step_k = pool.stride[h.args.state_v_first ? 1 : 0],
-                step_v = pool.stride[h.args.state_v_first ? 0 : 1];
-  dispatch_float(pool.dtype, [&]<class T>() {
-    const T* from = pool.ptr<T>();
-    for (int64_t d = 0; d < h.K; ++d)
-      for (int64_t i = 0; i < h.V; ++i) S[d * width + i] = static_cast<Real>(from[d * step_k + i * step_v]);
-  });
+  for_each_of_state(h, slot, [&](auto x, int64_t d, int64_t i) { S[d * width + i] = static_cast<Real>(x); });
 }
 template <class Real>
 void store_state(const Head& h, const Real* S, int64_t slot, int64_t width) {
   if (slot < 0) return;
-  const Tensor pool = h.args.state[slot][h.head];
-  const int64_t step_k = pool.stride[h.args.state_v_first ? 1 : 0],
-                step_v = pool.stride[h.args.state_v_first ? 0 : 1];
-  dispatch_float(pool.dtype, [&]<class T>() {
-    T* to = pool.ptr<T>();
-    for (int64_t d = 0; d < h.K; ++d)
-      for (int64_t i = 0; i < h.V; ++i) to[d * step_k + i * step_v] = static_cast<T>(S[d * width + i]);
-  });
+  for_each_of_state(h, slot,
+                    [&]<class T>(T& x, int64_t d, int64_t i) { x = static_cast<T>(S[d * width + i]); });
 }
 
 template <class Real>

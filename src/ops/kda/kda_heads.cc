@@ -1,20 +1,20 @@
-// KDA on the CPU: one value head of one sequence is a task, so that results do not depend on the number of
-// threads. The state of a head waits in scratch while its kernel runs, but for a decode step on a pool that
-// holds states as the kernel wants them.
-#include "ops/kda/kda_cpu.h"
-#include "ops/kda/kda_head.h"
+// KDA on the CPU: some columns of V of one value head of one sequence are a task. Heads and columns are
+// independent of each other, so that results do not depend on the number of threads. The state of a task
+// waits in scratch while its kernel runs, but for a decode step on a pool that holds states as the kernel
+// wants them.
+#include "ops/kda/kda_heads.h"
+
 #include "simd/scratch.h"
 
 namespace kl {
+namespace kda {
+
 namespace {
-
-using kda::Head;
-using kda::HeadGate;
-
 KdaHeadRows rows_of(const Tensor& t, int64_t head) {
   const int64_t size = size_of(t.dtype);
   return {static_cast<char*>(t.data) + head * t.stride[1] * size, t.dtype, t.stride[0] * size};
 }
+}  // namespace
 
 KdaCpuHead cpu_head(const Head& h, const HeadGate<float>& gate) {
   const KdaArgs& args = h.args;
@@ -35,6 +35,41 @@ KdaCpuHead cpu_head(const Head& h, const HeadGate<float>& gate) {
           .lower_bound = args.gate.lower_bound};
 }
 
+void load_panels(const Head& h, int64_t slot, float* S) {
+  std::fill(S, S + kda_panels_size(h.K, h.V), 0.f);
+  if (slot < 0) return;
+  for_each_of_state(h, slot,
+                    [&](auto x, int64_t d, int64_t i) { S[panel_index(h.K, d, i)] = static_cast<float>(x); });
+}
+
+void store_panels(const Head& h, const float* S, int64_t slot) {
+  if (slot < 0) return;
+  for_each_of_state(
+      h, slot, [&]<class T>(T& x, int64_t d, int64_t i) { x = static_cast<T>(S[panel_index(h.K, d, i)]); });
+}
+
+// Checkpoints lie between chunks: their rows are multiples of 16 tokens.
+void prefill_rows(const Head& h, const KdaCpuHead& head, int64_t begin, int64_t end, bool bf16, float* S,
+                  float* memory) {
+  static_assert(16 % kKdaChunk == 0);
+  const auto advance_to = [&](int64_t row) {
+    KL_ACTIVE_ISA(kda_chunks)({head, begin, row, S, memory, bf16});
+    begin = row;
+  };
+  for_each_checkpoint(h.args, begin, end, [&](int64_t row, int64_t slot) {
+    advance_to(row);
+    store_panels(h, S, slot);
+  });
+  advance_to(end);
+}
+
+}  // namespace kda
+
+namespace {
+
+using kda::Head;
+using kda::HeadGate;
+
 int64_t state_size(const KdaArgs& args) {
   return kda_padded(args.q.size(2)) * kda_state_stride(args.v.size(2));
 }
@@ -46,22 +81,17 @@ void load_padded(const Head& h, int64_t slot, float* S) {
   std::fill(S + h.K * stride, S + kda_padded(h.K) * stride, 0.f);
 }
 
-// Checkpoints lie between chunks: their rows are multiples of 16 tokens.
+template <bool bf16>
 void prefill_head(const Head& h, float* memory) {
-  static_assert(16 % kKdaChunk == 0);
-  float *const S = memory, *const rest = memory + state_size(h.args);
   const HeadGate<float> gate(h.args.gate, h.head, h.K);
-  const KdaCpuHead head = cpu_head(h, gate);
-  int64_t begin = h.begin;
-  const auto keep_at = [&](int64_t end, int64_t slot) {
-    KL_ACTIVE_ISA(kda_chunks)({head, begin, end, S, rest});
-    begin = end;
-    store_state(h, S, slot, kda_state_stride(h.V));
-  };
-  load_padded(h, h.read_slot, S);
-  kda::for_each_checkpoint(h.args, h.begin, h.end, keep_at);
-  keep_at(h.end, h.write_slot);
+  kda::load_panels(h, h.read_slot, memory);
+  kda::prefill_rows(h, kda::cpu_head(h, gate), h.begin, h.end, bf16, memory,
+                    memory + kda_panels_size(h.K, h.V));
+  kda::store_panels(h, memory, h.write_slot);
 }
+
+// f64, with memory of its own.
+void prefill_head_f64(const Head& h, float*) { kda::chunk_head(h); }
 
 // Can the kernel read and write the states where they are?
 bool decodes_in_pool(const Head& h) {
@@ -73,7 +103,7 @@ void decode_head(const Head& h, float* memory) {
   float *const S = memory, *const rest = memory + state_size(h.args);
   const int64_t stride = kda_state_stride(h.V);
   const HeadGate<float> gate(h.args.gate, h.head, h.K);
-  const KdaCpuHead head = cpu_head(h, gate);
+  const KdaCpuHead head = kda::cpu_head(h, gate);
   const auto step = [&](int64_t t, const float* from, float* to, int64_t row) {
     KL_ACTIVE_ISA(kda_decode_head)({head, t, kda::load_beta<float>(h, t), from, row, to, row, rest});
   };
@@ -99,26 +129,63 @@ void copy_state(const Head& h, float* S) {
   store_state(h, S, h.write_slot, kda_state_stride(h.V));
 }
 
-void run_heads(Ctx& ctx, const KdaArgs& args, int64_t kernel_memory, void (*work)(const Head&, float*)) {
-  const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1);
+// Into how many parts of whole panels the columns of V are cut, so that every thread has work: each part
+// prepares its chunks (norms, gates, pairs) again, which is kPrepared of the time of a whole head.
+int64_t parts_of(int64_t heads, int64_t V, int64_t threads) {
+  constexpr double kPrepared = 0.3;
+  int64_t best = 1;
+  double least = 0;
+  for (int64_t parts = 1; parts == 1 || V / parts >= 2 * kKdaPanel; parts *= 2) {
+    const auto rounds = static_cast<double>((heads * parts + threads - 1) / threads);
+    const double time = rounds * (kPrepared + (1 - kPrepared) / static_cast<double>(parts));
+    if (parts == 1 || time < 0.95 * least) best = parts, least = time;
+  }
+  return best;
+}
+
+// The problem of columns [begin, end) of V, which is one of its own.
+KdaArgs columns_of(const KdaArgs& args, int64_t begin, int64_t end) {
+  KdaArgs part = args;
+  part.v = args.v.slice(2, begin, end), part.out = args.out.slice(2, begin, end);
+  if (args.state) part.state = args.state.slice(args.state_v_first ? 2 : 3, begin, end);
+  return part;
+}
+
+// work(head, memory) for all heads, in parts.
+void run_heads(Ctx& ctx, const KdaArgs& args, int64_t memory, void (*work)(const Head&, float*)) {
+  const int64_t N = args.cu_seqlens.size(0) - 1, Hv = args.v.size(1), V = args.v.size(2);
+  const int64_t parts = parts_of(N * Hv, V, ctx.pool ? ctx.pool->threads() : 1);
+  const int64_t width = kda_padded((V + parts - 1) / parts);
+  std::vector<KdaArgs> columns;
+  for (int64_t begin = 0; begin < V; begin += width)
+    columns.push_back(columns_of(args, begin, std::min(begin + width, V)));
+  const auto count = static_cast<int64_t>(columns.size());
   Scratch scratch(ctx);
-  for_each_with_scratch(ctx.pool, N * Hv, scratch, state_size(args) + kernel_memory,
-                        [&](int64_t task, float* memory) {
-                          const Head h = kda::head_of(args, task / Hv, task % Hv);
-                          h.begin == h.end ? copy_state(h, memory) : work(h, memory);
-                        });
+  for_each_with_scratch(ctx.pool, N * Hv * count, scratch, memory, [&](int64_t task, float* mine) {
+    const int64_t head = task / count;
+    const Head h = kda::head_of(columns[static_cast<size_t>(task % count)], head / Hv, head % Hv);
+    h.begin == h.end ? copy_state(h, mine) : work(h, mine);
+  });
+}
+
+// Where beta may pass 1, rounding errors of f32 add up from chunk to chunk (kda_chunk_ref.cc says how): f64.
+void prefill(Ctx& ctx, const KdaArgs& args, bool bf16) {
+  const int64_t K = args.q.size(2), V = args.v.size(2);
+  if (args.beta_kind != KdaBeta::sigmoid) return run_heads(ctx, args, state_size(args), prefill_head_f64);
+  if (args.segment > 0) return kda::prefill_segments(ctx, args, bf16);
+  run_heads(ctx, args, std::max(state_size(args), kda_panels_size(K, V) + kda_chunks_memory(K, V)),
+            bf16 ? prefill_head<true> : prefill_head<false>);
 }
 
 }  // namespace
 
-// Where beta may pass 1, rounding errors of f32 add up from chunk to chunk (kda_chunk_ref.cc says how): f64.
 void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) {
-  if (args.beta_kind != KdaBeta::sigmoid) return kda::for_each_head(ctx.pool, args, kda::chunk_head);
-  run_heads(ctx, args, kda_chunks_memory(args.q.size(2), args.v.size(2)), prefill_head);
+  prefill(ctx, args, ctx.precision == Precision::bf16 && active_isa() == Isa::avx512_bf16);
 }
+void kda_prefill_cpu_bf16(Ctx& ctx, const KdaArgs& args) { prefill(ctx, args, true); }
 
 void kda_decode_cpu(Ctx& ctx, const KdaArgs& args) {
-  run_heads(ctx, args, kda_decode_memory(args.q.size(2), args.v.size(2)), decode_head);
+  run_heads(ctx, args, state_size(args) + kda_decode_memory(args.q.size(2), args.v.size(2)), decode_head);
 }
 
 }  // namespace kl

@@ -2,7 +2,9 @@
 // the same bits however the work is cut. (What depends on no instruction set is in the other tests.)
 #include <gtest/gtest.h>
 
+#include "ops/kda/kda_cpu.h"
 #include "ops/kda/kda_problem.h"
+#include "ops/kda/kda_sweeps.h"
 #include "testing/isa.h"
 
 namespace kl {
@@ -145,6 +147,102 @@ TEST(KdaIsa, DecodeHasTheSameBitsWhereverTheStateIs) {
     });
     EXPECT_TRUE(same_bits(in_pool.out.tensor, in_scratch.out.tensor));
     EXPECT_TRUE(same_bits(in_pool.state.tensor, in_scratch.state.tensor));
+  });
+}
+
+// With more threads than heads, the columns of V are shared out; checkpoints and layouts go with them.
+TEST(KdaIsa, SameBitsHoweverColumnsAreCut) {
+  for (const bool v_first : {false, true}) {
+    const KdaProblem problem({.lengths = {70, 20}, .K = 24, .V = 150, .state_v_first = v_first}, 11);
+    KdaIndices row{{32}}, slot{{problem.slot_of(1)}};
+    KdaIndices states{{problem.slot_of(0), -1}};
+    for_each_isa([&] {
+      for (const auto kda : {kda_prefill, kda_decode, kda_prefill_cpu_bf16}) {
+        const auto on = [&](int threads) {
+          return problem.run([&](KdaArgs args) {
+            args.slot = states.tensor();
+            args.checkpoint_row = row.tensor(), args.checkpoint_slot = slot.tensor();
+            ThreadPool pool(threads);
+            Ctx ctx{.pool = &pool};
+            kda(ctx, args);
+          });
+        };
+        const KdaResult one = on(1);
+        for (const int threads : {2, 3, 4, 16}) {
+          const KdaResult many = on(threads);
+          EXPECT_TRUE(same_bits(many.out.tensor, one.out.tensor)) << threads;
+          EXPECT_TRUE(same_bits(many.state.tensor, one.state.tensor)) << threads;
+        }
+      }
+    });
+  }
+}
+
+TEST(KdaIsa, SegmentsHaveTheSameBitsOnAnyThreads) {
+  KdaProblem problem({.lengths = {200, 31}, .H = 2, .Hv = 2, .K = 24, .V = 40}, 12);
+  problem.args.segment = 48;
+  KdaIndices row{{64}}, slot{{problem.slot_of(0)}}, slot_out{{-1, problem.slot_of(1)}};
+  problem.args.checkpoint_row = row.tensor(), problem.args.checkpoint_slot = slot.tensor();
+  problem.args.slot_out = slot_out.tensor();
+  for_each_isa([&] {
+    const auto on = [&](int threads) {
+      return problem.run([&](const KdaArgs& args) {
+        ThreadPool pool(threads);
+        Ctx ctx{.pool = &pool};
+        kda_prefill(ctx, args);
+      });
+    };
+    const KdaResult one = on(1), unsplit = problem.run([](KdaArgs args) {
+      args.segment = 0;
+      prefill(args);
+    });
+    EXPECT_LE(problem.error(one, unsplit), 1e-5);  // both within 5e-6 of the definition
+    for (const int threads : {2, 5}) {
+      const KdaResult many = on(threads);
+      EXPECT_TRUE(same_bits(many.out.tensor, one.out.tensor)) << threads;
+      EXPECT_TRUE(same_bits(many.state.tensor, one.state.tensor)) << threads;
+    }
+  });
+}
+
+// Rounded products only where the caller allows them and the processor has them.
+TEST(KdaIsa, PrecisionIsHonouredWhereTheProcessorHasBf16) {
+  const KdaProblem problem({.lengths = {70}}, 13);
+  for_each_isa([&] {
+    const KdaResult exact = problem.run(prefill), allowed = problem.run([](const KdaArgs&args) {
+      Ctx ctx{.precision = Precision::bf16};
+      kda_prefill(ctx, args);
+    });
+    EXPECT_EQ(same_bits(exact.out.tensor, allowed.out.tensor), active_isa() != Isa::avx512_bf16);
+    EXPECT_LE(problem.error(allowed, exact), 4e-3);
+  });
+}
+
+// The yardstick of the benchmarks does what it is compared with.
+TEST(KdaIsa, ThreeSweepsAreTheRecurrence) {
+  KdaCase c{.lengths = {40}, .K = 24, .V = 37, .gate = KdaGateKind::log_decay, .beta_kind = KdaBeta::value};
+  c.g = [](Random& r, int64_t, int64_t) { return -r.uniform(); };
+  c.beta = [](Random& r, int64_t) { return r.uniform(); };
+  KdaProblem problem(c, 14);
+  problem.args.l2norm = false, problem.args.scale = 1;
+  for (int64_t i = 0; i < problem.args.k.numel(); ++i) problem.args.k.ptr<float>()[i] *= 0.1f;
+  const KdaResult expected = problem.run(recurrence_f64, DType::f64);
+  for_each_isa([&] {
+    const KdaResult found = problem.run([&](const KdaArgs& a) {
+      const auto rows = [](const Tensor& t) { return KdaSweeps::Rows{t.ptr<float>(), t.stride[0]}; };
+      KL_ACTIVE_ISA(kda_three_sweeps)
+      ({.q = rows(a.q),
+        .k = rows(a.k),
+        .g = rows(a.g),
+        .v = rows(a.v),
+        .out = rows(a.out),
+        .beta = rows(a.beta),
+        .T = 40,
+        .K = 24,
+        .V = 37,
+        .state = a.state.at<float>(problem.slot_of(0), 0)});
+    });
+    EXPECT_LE(problem.error(found, expected), 5e-6);
   });
 }
 

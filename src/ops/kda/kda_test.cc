@@ -6,6 +6,7 @@
 #include <list>
 #include <nlohmann/json.hpp>
 
+#include "ops/kda/kda_cpu.h"
 #include "ops/kda/kda_problem.h"
 #include "testing/golden.h"
 
@@ -285,6 +286,49 @@ TEST(KdaAccuracy, Bf16Inputs) {
     set(c, gate, strengths()[0]);
     expect_accurate(c, 6, worst);
   }
+}
+
+// Sequences in segments, whatever the gates, keys and initial states: the bound of the chunks. Segments of
+// one chunk have the most transitions to chain.
+TEST(KdaAccuracy, Segments) {
+  Worst worst;
+  for (const Gate& gate : gates())
+    for (const double spread : {1., 1e-3})
+      for (const int64_t segment : {16, 64, 240}) {
+        SCOPED_TRACE(cat("gate ", gate.name, ", key spread ", spread, ", segments of ", segment));
+        KdaCase c{.lengths = {500, 0, 64, 3, 65}, .H = 1, .Hv = 2, .K = 40, .V = 24, .key_spread = spread};
+        c.initial_state = segment != 64;
+        set(c, gate, strengths()[1]);
+        KdaProblem problem(c, 7);
+        problem.args.segment = segment;
+        const KdaResult expected = problem.run(recurrence_f64, DType::f64), found = problem.run(prefill);
+        const double error = problem.error(found, expected);
+        EXPECT_LE(error, kChunkBound);
+        EXPECT_TRUE(problem.others_untouched(found));
+        worst.prefill = std::max(worst.prefill, error);
+      }
+}
+
+// What reads the state is rounded to bf16, 1.7e-3 in the mean, on both sides of a product; the worst found is
+// 3.0e-3, and 4e-3 is what is promised. On a processor without such products this is their stand-in.
+TEST(KdaAccuracy, Bf16Products) {
+  Worst worst;
+  const auto prefill_bf16 = [](const KdaArgs& args) {
+    Ctx ctx;
+    kda_prefill_cpu_bf16(ctx, args);
+  };
+  for (const Gate& gate : gates())
+    for (const size_t strength : {0, 1, 2})
+      for (const double spread : {1., 0.1, 1e-3}) {
+        SCOPED_TRACE(cat("gate ", gate.name, ", beta ", strengths()[strength].name, ", key spread ", spread));
+        KdaCase c{.lengths = {300, 5, 33}, .K = 64, .V = 48, .key_spread = spread};
+        set(c, gate, strengths()[strength]);
+        const KdaProblem problem(c, 8);
+        const KdaResult expected = problem.run(recurrence_f64, DType::f64), found = problem.run(prefill_bf16);
+        const double error = problem.error(found, expected);
+        EXPECT_LE(error, 4e-3);
+        worst.prefill = std::max(worst.prefill, error);
+      }
 }
 
 }  // namespace

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "ops/kda/kda_cpu.h"
-#include "simd/vec.h"
+#include "simd/bf16_pairs.h"
 
 namespace kl::KL_ISA {
 
@@ -67,13 +67,7 @@ inline void load_columns(const KdaHeadRows& rows, int64_t t, int64_t first, int6
   for (int64_t i = n; i < kda_padded(n); ++i) to[i] = 0;
 }
 
-// To the nearest, ties to even; a NaN stays one.
-inline HalfVec narrow_bf16(Vec v) {
-  const BitVec u = (BitVec)v;
-  const BitVec rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const BitVec is_nan = (BitVec)(v != v);
-  return __builtin_convertvector((is_nan & (u >> 16 | 0x40u)) | (~is_nan & rounded), HalfVec);
-}
+inline HalfVec narrow_bf16(Vec v) { return __builtin_convertvector(round_bf16(v), HalfVec); }
 
 // n values, filled up as by load_columns(), -> columns [first, first + n) of row t.
 inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t, int64_t first, int64_t n) {
@@ -92,9 +86,15 @@ inline void store_columns(const float* from, const KdaHeadRows& rows, int64_t t,
   }
 }
 
-// x <- factor · x / |x|, or factor · x without l2norm. The length is taken in double: its error would scale
-// the whole row, and k enters every later state twice.
-inline void normalise(const KdaCpuHead& h, float factor, float* x) {
+// A factor of a whole row, in two parts: rounded to one f32, its error would scale the row.
+struct RowScale {
+  float high, low;
+};
+inline Vec operator*(const RowScale& s, Vec x) { return x * s.high + x * s.low; }
+
+// factor / |x|, or `factor` without l2norm. The length is taken in double: its error would scale the whole
+// row, and k enters every later state twice.
+inline RowScale scale_of(const KdaCpuHead& h, float factor, const float* x) {
   double scale = static_cast<double>(factor);
   if (h.l2norm) {
     constexpr int kHalf = kLanes / 2;  // as many doubles fill a register
@@ -111,11 +111,14 @@ inline void normalise(const KdaCpuHead& h, float factor, float* x) {
     for (int lane = 0; lane < kHalf; ++lane) total += both[lane];
     scale /= __builtin_sqrt(total);
   }
-  const float high = static_cast<float>(scale), low = static_cast<float>(scale - static_cast<double>(high));
-  for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) {
-    const Vec v = load(x + i);
-    store(x + i, v * high + v * low);
-  }
+  const float high = static_cast<float>(scale);
+  return {high, static_cast<float>(scale - static_cast<double>(high))};
+}
+
+// x <- factor · x / |x|, or factor · x without l2norm.
+inline void normalise(const KdaCpuHead& h, float factor, float* x) {
+  const RowScale scale = scale_of(h, factor, x);
+  for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) store(x + i, scale * load(x + i));
 }
 
 // Raw values -> log-decays from 0 to -inf.
