@@ -39,13 +39,20 @@ struct alignas(16) Operands {
   float beta;
 };
 
-template <int D, class State>
+// A slot holds an item's state in parts. In [V,K] that is one, as it lies in memory. In [K,V] a warp's 16
+// value channels are the same 16 banks in every row, and eight lanes of an access touch two rows; so the two
+// halves of a head's keys stand 16 banks apart, and lanes of neighbouring kg take their rows from different
+// halves.
+template <int D, bool kVFirst, class State>
 struct Ring {
   static constexpr int kHeads = 16 * kSteppers / D;  // of an item
   static constexpr int kItem = kHeads * D * D;       // elements
+  static constexpr int kParts = kVFirst ? 1 : 2 * kHeads, kPart = kItem / kParts;
+  static constexpr int kApart = kPart + (kVFirst ? 0 : 64 / static_cast<int>(sizeof(State)));
   static constexpr int kSlots = 192 * 1024 / (kItem * static_cast<int>(sizeof(State)));
+  static constexpr uint32_t kPartBytes = kPart * sizeof(State);
 
-  alignas(16) State state[kSlots][kItem];
+  alignas(128) State state[kSlots][kParts * kApart];
   Operands<D> operands[kStages][kHeads];
   SequenceWork work[kSlots];
   int item[kSlots];  // -1: there are no more
@@ -88,16 +95,13 @@ KL_DEVICE void for_each_item(const StepParams& p, int heads, F&& f) {
   }
 }
 
-template <int D, class State>
-KL_DEVICE int64_t state_offset(const StepParams& p, int item, int slot) {
-  constexpr int kHeads = Ring<D, State>::kHeads;
-  const int groups = p.Hv / kHeads;
-  return slot * p.slot_stride + item % groups * kHeads * p.head_stride;
+KL_DEVICE int64_t state_offset(const StepParams& p, int heads, int item, int slot) {
+  return slot * p.slot_stride + item % (p.Hv / heads) * heads * p.head_stride;
 }
 
-template <int D, class State>
-KL_DEVICE void run_loader(Ring<D, State>& ring, const StepParams& p) {
-  using R = Ring<D, State>;
+template <int D, bool kVFirst, class State>
+KL_DEVICE void run_loader(Ring<D, kVFirst, State>& ring, const StepParams& p) {
+  using R = Ring<D, kVFirst, State>;
   Turn<R::kSlots> turn;
   const auto take_slot = [&] { mbarrier_wait(smem_address(&ring.free[turn.place]), turn.phase ^ 1); };
   for_each_item(p, R::kHeads, [&](int item, const SequenceWork& work) {
@@ -106,11 +110,12 @@ KL_DEVICE void run_loader(Ring<D, State>& ring, const StepParams& p) {
     ring.item[turn.place] = item;
     const uint32_t loaded = smem_address(&ring.loaded[turn.place]);
     if (work.slot >= 0) {
-      constexpr uint32_t kBytes = R::kItem * sizeof(State);
-      mbarrier_arrive_expect_tx(loaded, kBytes);
-      bulk_load(smem_address(ring.state[turn.place]),
-                static_cast<const State*>(p.state) + state_offset<D, State>(p, item, work.slot), kBytes,
-                loaded);
+      mbarrier_arrive_expect_tx(loaded, R::kParts * R::kPartBytes);
+      const State* from = static_cast<const State*>(p.state) + state_offset(p, R::kHeads, item, work.slot);
+#pragma unroll
+      for (int part = 0; part < R::kParts; ++part)
+        bulk_load(smem_address(ring.state[turn.place] + part * R::kApart), from + part * R::kPart,
+                  R::kPartBytes, loaded);
     } else {
       mbarrier_arrive(loaded);
     }
@@ -122,8 +127,8 @@ KL_DEVICE void run_loader(Ring<D, State>& ring, const StepParams& p) {
 }
 
 // Norm and gate of one token's outputs; a lane has four channels of the item's heads.
-template <int D, class State>
-KL_DEVICE void finish_token(const Ring<D, State>& ring, const StepParams& p, const FusedParams& f,
+template <int D, bool kVFirst, class State>
+KL_DEVICE void finish_token(const Ring<D, kVFirst, State>& ring, const StepParams& p, const FusedParams& f,
                             int64_t row, int first_head, const Turn<kStages>& stage) {
   const int c = 4 * (threadIdx.x % 32) % D, h = 4 * (threadIdx.x % 32) / D;
   const auto raw_gate = load_raw_run<4, true>(f.out_gate, offset_of(f.out_gate, row, first_head + h) + c, 4);
@@ -141,9 +146,9 @@ KL_DEVICE void finish_token(const Ring<D, State>& ring, const StepParams& p, con
   store_run<true>(p.out, offset_of(p.out, row, first_head + h) + c, o, 4);
 }
 
-template <int D, bool kFused, class State>
-KL_DEVICE void run_storer(Ring<D, State>& ring, const StepParams& p, const FusedParams& f) {
-  using R = Ring<D, State>;
+template <bool kFused, int D, bool kVFirst, class State>
+KL_DEVICE void run_storer(Ring<D, kVFirst, State>& ring, const StepParams& p, const FusedParams& f) {
+  using R = Ring<D, kVFirst, State>;
   const bool elected = threadIdx.x % 32 == 0;
   Turn<kStages> stage;
   for (Turn<R::kSlots> turn;; turn.next()) {
@@ -163,8 +168,11 @@ KL_DEVICE void run_storer(Ring<D, State>& ring, const StepParams& p, const Fused
     __syncwarp();  // all lanes have read item and work; the slot may be given away
     if (elected) {
       if (slot >= 0) {
-        bulk_store(static_cast<State*>(p.state) + state_offset<D, State>(p, item, slot),
-                   smem_address(ring.state[turn.place]), R::kItem * sizeof(State));
+        State* to = static_cast<State*>(p.state) + state_offset(p, R::kHeads, item, slot);
+#pragma unroll
+        for (int part = 0; part < R::kParts; ++part)
+          bulk_store(to + part * R::kPart, smem_address(ring.state[turn.place] + part * R::kApart),
+                     R::kPartBytes);
         bulk_commit();
         bulk_wait_read<0>();  // the slot may be written again; the block may end
       }
@@ -206,9 +214,10 @@ KL_DEVICE void convolve(float (&x)[4], const Conv& conv, const ConvInputs& in, i
 }
 
 // A warp takes every kPreparers-th token; its lanes have four channels of the item's heads each.
-template <int D, bool kFused, class State>
-KL_DEVICE void run_preparer(Ring<D, State>& ring, const StepParams& p, const FusedParams& f, int mine) {
-  constexpr int kHeads = Ring<D, State>::kHeads;
+template <bool kFused, int D, bool kVFirst, class State>
+KL_DEVICE void run_preparer(Ring<D, kVFirst, State>& ring, const StepParams& p, const FusedParams& f,
+                            int mine) {
+  constexpr int kHeads = Ring<D, kVFirst, State>::kHeads;
   const int c = 4 * (threadIdx.x % 32) % D, h = 4 * (threadIdx.x % 32) / D;
   Turn<kStages> turn;
   int count = 0;
@@ -264,12 +273,42 @@ KL_DEVICE void run_preparer(Ring<D, State>& ring, const StepParams& p, const Fus
   });
 }
 
-template <int D, bool kVFirst, bool kFused, class State>
-KL_DEVICE void run_stepper(Ring<D, State>& ring, const StepParams& p, int warp) {
-  using R = Ring<D, State>;
+// The lane's part of a [K,V] state in two halves, `apart` elements from one to the other.
+template <int D, class State>
+KL_DEVICE void load_halves(LaneState<D, 4>& S, const State* tile, int apart) {
+  const Place<false> at;
+  const bool odd = at.kg % 2 != 0;
+  const State* from = tile + 4 * at.kg * D + 4 * at.vg;
+#pragma unroll
+  for (int m = 0; m < D / 16; ++m) {
+    const int row = 32 * (m / 4) + m % 4;
+    const float4 x = load4(from + (odd ? apart : 0) + row * D), y = load4(from + (odd ? 0 : apart) + row * D);
+    const float4 low = odd ? y : x, high = odd ? x : y;
+    S[m][0] = low.x, S[m][1] = low.y, S[m][2] = low.z, S[m][3] = low.w;
+    float(&to)[4] = S[m + D / 16];
+    to[0] = high.x, to[1] = high.y, to[2] = high.z, to[3] = high.w;
+  }
+}
+template <int D, class State>
+KL_DEVICE void store_halves(const LaneState<D, 4>& S, State* tile, int apart) {
+  const Place<false> at;
+  const bool odd = at.kg % 2 != 0;
+  State* to = tile + 4 * at.kg * D + 4 * at.vg;
+#pragma unroll
+  for (int m = 0; m < D / 16; ++m) {
+    const int row = 32 * (m / 4) + m % 4, n = m + D / 16;
+    const float4 low{S[m][0], S[m][1], S[m][2], S[m][3]}, high{S[n][0], S[n][1], S[n][2], S[n][3]};
+    store4(to + (odd ? apart : 0) + row * D, odd ? high : low);
+    store4(to + (odd ? 0 : apart) + row * D, odd ? low : high);
+  }
+}
+
+template <bool kFused, int D, bool kVFirst, class State>
+KL_DEVICE void run_stepper(Ring<D, kVFirst, State>& ring, const StepParams& p, int warp) {
+  using R = Ring<D, kVFirst, State>;
   const Place<kVFirst> at;
   const int h = warp * 16 / D, v0 = warp * 16 % D, v = v0 + 4 * at.vg;
-  const int tile = h * D * D + v0 * (kVFirst ? D : 1);
+  const int tile = kVFirst ? h * D * D + v0 * D : 2 * h * R::kApart + v0;
   Turn<kStages> stage;
   for (Turn<R::kSlots> turn;; turn.next()) {
     mbarrier_wait(smem_address(&ring.loaded[turn.place]), turn.phase);
@@ -278,7 +317,12 @@ KL_DEVICE void run_stepper(Ring<D, State>& ring, const StepParams& p, int warp) 
       const SequenceWork work = ring.work[turn.place];
       const int head = item % (p.Hv / R::kHeads) * R::kHeads + h;
       LaneState<D, 4> S = {};
-      if (work.slot >= 0) load_tile<D, 4, kVFirst>(S, ring.state[turn.place] + tile, D);
+      if (work.slot >= 0) {
+        if constexpr (kVFirst)
+          load_tile<D, 4, true>(S, ring.state[turn.place] + tile, D);
+        else
+          load_halves<D>(S, ring.state[turn.place] + tile, R::kApart);
+      }
       for (int64_t row = work.begin; row < work.end; ++row, stage.next()) {
         mbarrier_wait(smem_address(&ring.ready[stage.place]), stage.phase);
         Operands<D>& operands = ring.operands[stage.place][h];
@@ -296,7 +340,10 @@ KL_DEVICE void run_stepper(Ring<D, State>& ring, const StepParams& p, int warp) 
         }
       }
       if (work.slot_out >= 0) {
-        store_tile<D, 4, kVFirst>(S, ring.state[turn.place] + tile, D);
+        if constexpr (kVFirst)
+          store_tile<D, 4, true>(S, ring.state[turn.place] + tile, D);
+        else
+          store_halves<D>(S, ring.state[turn.place] + tile, R::kApart);
         fence_proxy_async();
       }
     }
@@ -311,11 +358,12 @@ template <int D, bool kVFirst, bool kFused, class State>
 __global__ void __launch_bounds__(kThreads, 1)
     kda_decode_pipeline_kernel(const __grid_constant__ StepParams p, const __grid_constant__ FusedParams f) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  extern __shared__ float4 shared[];  // the copy engine needs 16-byte alignment
-  auto& ring = *reinterpret_cast<Ring<D, State>*>(shared);
+  extern __shared__ __align__(128) float4 shared[];  // for the copy engine 16 bytes, for the banks 128
+  using R = Ring<D, kVFirst, State>;
+  auto& ring = *reinterpret_cast<R*>(shared);
   const int warp = threadIdx.x / 32;
   if (threadIdx.x == 0) {
-    for (int s = 0; s < Ring<D, State>::kSlots; ++s) {
+    for (int s = 0; s < R::kSlots; ++s) {
       mbarrier_init(smem_address(&ring.loaded[s]), 1);
       mbarrier_init(smem_address(&ring.stepped[s]), kSteppers);
       mbarrier_init(smem_address(&ring.free[s]), 1);
@@ -330,11 +378,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   __syncthreads();  // the barriers are initialised
   follow_previous_kernel();
   if (warp < kSteppers) {
-    run_stepper<D, kVFirst, kFused>(ring, p, warp);
+    run_stepper<kFused>(ring, p, warp);
   } else if (warp < kLoader) {
-    run_preparer<D, kFused>(ring, p, f, warp - kSteppers);
+    run_preparer<kFused>(ring, p, f, warp - kSteppers);
   } else if (warp == kStorer) {
-    run_storer<D, kFused>(ring, p, f);
+    run_storer<kFused>(ring, p, f);
   } else if (threadIdx.x % 32 == 0) {
     run_loader(ring, p);
   }
@@ -343,10 +391,11 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <int D, bool kVFirst, bool kFused, class State>
 void launch_pipeline(const Ctx& ctx, const StepParams& p, const FusedParams& f) {
-  const int items = p.N * (p.Hv / Ring<D, State>::kHeads), blocks = current_device().multiprocessors;
+  using R = Ring<D, kVFirst, State>;
+  const int items = p.N * (p.Hv / R::kHeads), blocks = current_device().multiprocessors;
   const LaunchConfig config{.grid = dim3(static_cast<unsigned>(items < blocks ? items : blocks)),
                             .block = dim3(kThreads),
-                            .smem = sizeof(Ring<D, State>),
+                            .smem = sizeof(R),
                             .stream = static_cast<cudaStream_t>(ctx.stream),
                             .overlap_previous = true};
   launch(kda_decode_pipeline_kernel<D, kVFirst, kFused, State>, config, p, f);
@@ -384,7 +433,8 @@ bool kda_decode_pipeline_takes(const KdaArgs& a) {
       reinterpret_cast<uintptr_t>(a.state.data) % 16 != 0)
     return false;
   const DeviceInfo& device = current_device();
-  return device.arch >= 90 && device.max_smem >= sizeof(Ring<128, float>) && a.slot.size(0) * Hv <= (1 << 30);
+  return device.arch >= 90 && device.max_smem >= sizeof(Ring<128, false, float>) &&
+         a.slot.size(0) * Hv <= (1 << 30);
 }
 
 bool kda_decode_pipeline_pays(const KdaArgs& a) {
