@@ -1,4 +1,4 @@
-// gemm_nt and gemm_nn: tiles of C in registers, no packing, no copies. B is widened to f32 as it is loaded.
+// gemm_nt and gemm_nn: tiles of C in registers. B is widened to f32 as it is loaded, for many rows of A once.
 #include "simd/gemm.h"
 
 #include "simd/vec.h"
@@ -36,25 +36,73 @@ inline void with_rows(int64_t rows, const F& f) {
   if constexpr (kRows > 1) with_rows<kRows - 1>(rows, f);
 }
 
-// kRows x kCols elements of C: every sum runs over l in kLanes interleaved parts, which are then added.
-template <int kRows, int kCols, class B>
-void tile_nt(const float* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc, int64_t k,
-             bool accumulate) {
-  Vec sums[kRows][kCols] = {};
-  int64_t l = 0;
-  const auto step = [&](const auto& load_at) __attribute__((always_inline)) {
-    Vec bs[kCols];
-    for (int j = 0; j < kCols; ++j) {
-      bs[j] = load_at(b + j * ldb);
-      __builtin_prefetch(reinterpret_cast<const char*>(b + j * ldb + l) + kPrefetchBytes);
+// Rows of B where they lie. Asks ahead for each.
+template <class B>
+struct RowsInPlace {
+  const B* b;
+  int64_t ldb;
+
+  Vec load_at(int j, int64_t l) const {
+    __builtin_prefetch(reinterpret_cast<const char*>(b + j * ldb + l) + kPrefetchBytes);
+    return load(b + j * ldb + l);
+  }
+  Vec load_last(int j, int64_t l, int64_t n) const { return load_part(b + j * ldb + l, n); }
+};
+
+// kTileCols rows of B, widened once for many rows of A: one register of each row after the other. (Rows of a
+// matrix often lie a multiple of 4 KiB apart, where they would compete for the same few places of the cache.)
+struct WidenedRows {
+  const float* data;
+
+  Vec load_at(int j, int64_t l) const { return load(data + l * kTileCols + j * kLanes); }
+  Vec load_last(int j, int64_t l, int64_t) const { return load_at(j, l); }
+};
+
+// The same, asking for the rows that come next while these are multiplied.
+template <class B>
+struct WidenedAndNext : WidenedRows {
+  RowsInPlace<B> next;
+
+  Vec load_at(int j, int64_t l) const {
+    __builtin_prefetch(next.b + j * next.ldb + l);
+    return WidenedRows::load_at(j, l);
+  }
+};
+
+struct WidenedCopy {
+  alignas(64) float data[kTileCols * kDepth];  // 16 KiB
+
+  template <class B>
+  WidenedRows fill(const B* b, int64_t ldb, int64_t depth) {
+    for (int j = 0; j < kTileCols; ++j) {
+      const B* const row = b + j * ldb;
+      float* to = data + j * kLanes;
+      int64_t l = 0;
+      for (; l + kLanes <= depth; l += kLanes, to += kTileCols * kLanes) store(to, load(row + l));
+      if (l < depth) store(to, load_part(row + l, depth - l));
     }
+    return {data};
+  }
+};
+
+// kRows x kCols elements of C: every sum runs over l in kLanes interleaved parts, which are then added.
+template <int kRows, int kCols, class Rows>
+void tile_nt(const float* a, int64_t lda, const Rows& b, float* c, int64_t ldc, int64_t k, bool accumulate) {
+  Vec sums[kRows][kCols] = {};
+  const auto step = [&](const auto& load_a, const auto& load_b) __attribute__((always_inline)) {
+    Vec bs[kCols];
+    for (int j = 0; j < kCols; ++j) bs[j] = load_b(j);
     for (int i = 0; i < kRows; ++i) {
-      const Vec as = load_at(a + i * lda);
+      const Vec as = load_a(a + i * lda);
       for (int j = 0; j < kCols; ++j) sums[i][j] += as * bs[j];
     }
   };
-  for (; l + kLanes <= k; l += kLanes) step([l](const auto* row) { return load(row + l); });
-  if (l < k) step([l, k](const auto* row) { return load_part(row + l, k - l); });
+  int64_t l = 0;
+  for (; l + kLanes <= k; l += kLanes)
+    step([l](const float* row) { return load(row + l); }, [&](int j) { return b.load_at(j, l); });
+  if (l < k)
+    step([l, k](const float* row) { return load_part(row + l, k - l); },
+         [&](int j) { return b.load_last(j, l, k - l); });
   for (int i = 0; i < kRows; ++i) {
     float* const row = c + i * ldc;
     if constexpr (kCols == 1) {
@@ -69,32 +117,75 @@ void tile_nt(const float* a, int64_t lda, const B* b, int64_t ldb, float* c, int
   }
 }
 
+// Up to this many rows, columns are finished over all of k one after the other: B, which comes from memory,
+// is read front to back. With more, A's blocks of k have to stay in the second-level cache.
+constexpr int64_t kFewRows = 32;
+
+// More than one tile of rows: kTileCols rows of B at a time are widened for all of them.
+template <class B>
+void many_rows_nt(const Gemm& g) {
+  const B* const b = static_cast<const B*>(g.b);
+  WidenedCopy copy;
+  const auto block = [&](int64_t j, int64_t l) __attribute__((always_inline)) {
+    const int64_t depth = g.k - l < kDepth ? g.k - l : kDepth;
+    const auto tile = [&]<int kCols>(const auto& rows, int64_t i, int64_t column) {
+      with_rows(g.m - i < kTileRows ? g.m - i : kTileRows, [&]<int kRows>() {
+        tile_nt<kRows, kCols>(g.a + i * g.lda + l, g.lda, rows, g.c + i * g.ldc + column, g.ldc, depth,
+                              g.accumulate || l > 0);
+      });
+    };
+    if (j + kTileCols > g.n) {
+      for (int64_t column = j; column < g.n; ++column)
+        for (int64_t i = 0; i < g.m; i += kTileRows)
+          tile.template operator()<1>(RowsInPlace<B>{b + column * g.ldb + l, g.ldb}, i, column);
+      return;
+    }
+    const WidenedRows rows = copy.fill(b + j * g.ldb + l, g.ldb, depth);
+    // What follows in memory: the next block of k of these rows, or the first of the next ones.
+    const bool goes_on = g.m <= kFewRows && l + depth < g.k;
+    const B* const next =
+        goes_on ? b + j * g.ldb + l + depth : b + (j + kTileCols) * g.ldb + (g.m <= kFewRows ? 0 : l);
+    tile.template operator()<kTileCols>(WidenedAndNext<B>{rows, {next, g.ldb}}, 0, j);
+    for (int64_t i = kTileRows; i < g.m; i += kTileRows) tile.template operator()<kTileCols>(rows, i, j);
+  };
+  // At least one block of k, also of no elements: C is written.
+  if (g.m <= kFewRows) {
+    for (int64_t j = 0; j < g.n; j += kTileCols) {
+      int64_t l = 0;
+      do block(j, l);
+      while ((l += kDepth) < g.k);
+    }
+    return;
+  }
+  int64_t l = 0;
+  do {
+    for (int64_t j = 0; j < g.n; j += kTileCols) block(j, l);
+  } while ((l += kDepth) < g.k);
+}
+
+// One tile of rows: some columns over all of k before the next, so that B is read front to back.
+template <class B>
+void few_rows_nt(const Gemm& g) {
+  const B* const b = static_cast<const B*>(g.b);
+  with_rows(g.m, [&]<int kRows>() {
+    constexpr int kCols = tile_cols_nt(kRows);
+    const auto columns = [&]<int kTile>(int64_t j) __attribute__((always_inline)) {
+      int64_t l = 0;
+      do {
+        tile_nt<kRows, kTile>(g.a + l, g.lda, RowsInPlace<B>{b + j * g.ldb + l, g.ldb}, g.c + j, g.ldc,
+                              g.k - l < kDepth ? g.k - l : kDepth, g.accumulate || l > 0);
+      } while ((l += kDepth) < g.k);
+    };
+    int64_t j = 0;
+    for (; j + kCols <= g.n; j += kCols) columns.template operator()<kCols>(j);
+    for (; j < g.n; ++j) columns.template operator()<1>(j);
+  });
+}
+
 template <class B>
 void run_nt(const Gemm& g) {
-  const B* const b = static_cast<const B*>(g.b);
-  // One tile of rows: finish some columns over all of k before the next, so that B is read front to back.
-  const int64_t strip = g.m <= kTileRows ? tile_cols_nt(static_cast<int>(g.m)) : g.n;
-  for (int64_t j0 = 0; j0 < g.n; j0 += strip) {
-    const int64_t j1 = j0 + strip < g.n ? j0 + strip : g.n;
-    int64_t l = 0;
-    do {
-      const int64_t depth = g.k - l < kDepth ? g.k - l : kDepth;
-      const bool accumulate = g.accumulate || l > 0;
-      for (int64_t i = 0; i < g.m; i += kTileRows) {
-        const float* const a = g.a + i * g.lda + l;
-        float* const c = g.c + i * g.ldc;
-        with_rows(g.m - i < kTileRows ? g.m - i : kTileRows, [&]<int kRows>() {
-          constexpr int kCols = tile_cols_nt(kRows);
-          int64_t j = j0;
-          for (; j + kCols <= j1; j += kCols)
-            tile_nt<kRows, kCols>(a, g.lda, b + j * g.ldb + l, g.ldb, c + j, g.ldc, depth, accumulate);
-          for (; j < j1; ++j)
-            tile_nt<kRows, 1>(a, g.lda, b + j * g.ldb + l, g.ldb, c + j, g.ldc, depth, accumulate);
-        });
-      }
-      l += depth;
-    } while (l < g.k);
-  }
+  if (g.m == 0) return;
+  g.m <= kTileRows ? few_rows_nt<B>(g) : many_rows_nt<B>(g);
 }
 
 // kRows rows times kCols vectors of C; lanes >= 0 says how many elements of a single vector exist.
