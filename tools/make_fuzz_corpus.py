@@ -120,8 +120,8 @@ def make_session():
     kda, conv, latent_row = 1 * 2 * 2 * 4, 3 * 2 * (2 - 1) * 4, 3 * 4
     for tokens in (1, 5, 17, 40):
         state = kda + conv + latent_row * tokens
-        size = 56 + 4 * tokens + 4 * vocab + state + 8
-        header = b"KLSESS\r\n" + struct.pack("<IIQQQQQ", 1, 32, 0, size, tokens, vocab, state)
+        size = 64 + 4 * tokens + 4 * vocab + state + 8
+        header = b"KLSESS\r\n" + struct.pack("<IIQQQQQQ", 2, 32, 0, size, tokens, vocab, state, tokens - 1)
         ids = struct.pack(f"<{tokens}i", *(i % vocab for i in range(tokens)))
         logits = struct.pack(f"<{vocab}f", *(i / 2 for i in range(vocab)))
         save("session", f"tokens_{tokens}", header + ids + logits + bytes(i % 251 for i in range(state)) + bytes(8))

@@ -14,7 +14,7 @@
 namespace kl::fuzz {
 namespace {
 
-constexpr size_t kFingerprintAt = 16, kSmallestFile = 64;
+constexpr size_t kFingerprintAt = 16, kSmallestFile = 72;
 
 struct Fixture {
   Fixture() {
@@ -75,7 +75,7 @@ void check(std::span<const std::byte> file, bool write) {
   for (const int32_t id : saved->tokens) FUZZ_REQUIRE(id >= 0 && id < f.model.config.vocab_size, id);
   if (!write) return;
   static const std::string path = f.folder / "again.session";
-  write_session_file(path, f.model, *f.state, f.slot, saved->tokens, saved->logits);
+  write_session_file(path, f.model, *f.state, f.slot, saved->tokens, saved->logits, saved->draws);
   const Buffer again = Buffer::map_file(path);
   FUZZ_REQUIRE(again.size() == file.size() && std::memcmp(again.data(), file.data(), file.size()) == 0);
 }
