@@ -50,7 +50,7 @@ struct Ring {
   static constexpr int kParts = kVFirst ? 1 : 2 * kHeads, kPart = kItem / kParts;
   static constexpr int kApart = kPart + (kVFirst ? 0 : 64 / static_cast<int>(sizeof(State)));
   static constexpr int kSlots = 192 * 1024 / (kItem * static_cast<int>(sizeof(State)));
-  static constexpr uint32_t kPartBytes = kPart * sizeof(State);
+  static constexpr uint32_t part_bytes() { return kPart * sizeof(State); }
 
   alignas(128) State state[kSlots][kParts * kApart];
   Operands<D> operands[kStages][kHeads];
@@ -110,12 +110,12 @@ KL_DEVICE void run_loader(Ring<D, kVFirst, State>& ring, const StepParams& p) {
     ring.item[turn.place] = item;
     const uint32_t loaded = smem_address(&ring.loaded[turn.place]);
     if (work.slot >= 0) {
-      mbarrier_arrive_expect_tx(loaded, R::kParts * R::kPartBytes);
+      mbarrier_arrive_expect_tx(loaded, R::kParts * R::part_bytes());
       const State* from = static_cast<const State*>(p.state) + state_offset(p, R::kHeads, item, work.slot);
 #pragma unroll
       for (int part = 0; part < R::kParts; ++part)
         bulk_load(smem_address(ring.state[turn.place] + part * R::kApart), from + part * R::kPart,
-                  R::kPartBytes, loaded);
+                  R::part_bytes(), loaded);
     } else {
       mbarrier_arrive(loaded);
     }
@@ -172,7 +172,7 @@ KL_DEVICE void run_storer(Ring<D, kVFirst, State>& ring, const StepParams& p, co
 #pragma unroll
         for (int part = 0; part < R::kParts; ++part)
           bulk_store(to + part * R::kPart, smem_address(ring.state[turn.place] + part * R::kApart),
-                     R::kPartBytes);
+                     R::part_bytes());
         bulk_commit();
         bulk_wait_read<0>();  // the slot may be written again; the block may end
       }
