@@ -146,7 +146,7 @@ function(kl_test_programs)
   get_property(folders GLOBAL PROPERTY KL_TEST_FOLDERS)
   set(files)
   if(KL_TESTS_FROM)
-    # A sanitizer's build tests the libraries that it made with the tests of another build, which halves its time. The
+    # A sanitizer's build tests the libraries that it made with the tests of another build: half as many files to compile. The
     # libraries come first and whole, so that of inline functions which both have the checked copy is taken.
     get_property(compiled GLOBAL PROPERTY KL_TEST_FILES)
     list(TRANSFORM compiled PREPEND ${KL_TESTS_FROM}/)

@@ -18,6 +18,8 @@ import tempfile
 import time
 import unittest
 
+import gtest_report
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DEMO = os.path.join(ROOT, "models", "demo")
 GOLDEN = os.path.join(ROOT, "tests", "golden")
@@ -618,19 +620,8 @@ class Chat(unittest.TestCase):
 
 def main():
     global PROGRAM
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--gtest")]
-    reports = [a.split("json:", 1)[1] for a in sys.argv[1:] if a.startswith("--gtest_output=json:")]
-    PROGRAM = os.path.abspath(arguments[0])
-    suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__])
-    result = unittest.TextTestRunner(verbosity=2).run(suite)
-    bad = len(result.failures) + len(result.errors)
-    if reports:
-        good = result.testsRun - bad - len(result.skipped)
-        entries = [{"result": "COMPLETED"}] * good + [{"result": "COMPLETED", "failures": [1]}] * bad
-        entries += [{"result": "SKIPPED"}] * len(result.skipped)
-        with open(reports[0], "w", encoding="utf-8") as file:
-            json.dump({"testsuites": [{"testsuite": entries}]}, file)
-    return 1 if bad else 0
+    PROGRAM = os.path.abspath(gtest_report.arguments()[0])
+    return gtest_report.run(sys.modules[__name__])
 
 
 if __name__ == "__main__":
