@@ -3,6 +3,7 @@
 
 #include "commands.h"
 #include "load.h"
+#include "model/forward.h"
 #include "terminal.h"
 
 namespace kl::app {
@@ -71,8 +72,9 @@ std::vector<int64_t> context_lengths(int64_t longest) {
   return lengths;
 }
 
-// Cache of one sequence: this model beside the same model with an MLA layer in every place.
-std::string describe_cache(const Config& c, const StateOptions& options) {
+// Cache of one sequence: this model beside the same model with an MLA layer in every place. `working`: bytes
+// of a pass, which come on top of it.
+std::string describe_cache(const Config& c, const StateOptions& options, int64_t working) {
   const auto human = [](int64_t bytes) { return human_bytes(static_cast<double>(bytes)); };
   Config full = c;
   full.kda_.assign(full.kda_.size(), false);
@@ -86,15 +88,22 @@ std::string describe_cache(const Config& c, const StateOptions& options) {
   const int64_t row = int64_t{c.latent_dim()} * size_of(options.latent_dtype);
   out += line("per token",
               cat(c.mla_layer_count() * row, " B  (full attention: ", full.mla_layer_count() * row, " B)"));
-  out += "\n" + padded("context", 12) + padded("this model", 16) + padded("full attention", 18) +
-         padded("ratio", 9) + "\n";
+  out += "\n" + padded("context", 12) + padded("this model", 16) + padded("with a pass", 16) +
+         padded("full attention", 18) + padded("ratio", 9) + "\n";
   for (const int64_t tokens : context_lengths(c.model_max_length > 0 ? c.model_max_length : 131072)) {
     const int64_t ours = state_bytes(c, tokens, options).total(),
                   theirs = state_bytes(full, tokens, options).total();
-    out += padded(std::to_string(tokens), 12) + padded(human(ours), 16) + padded(human(theirs), 18) +
+    out += padded(std::to_string(tokens), 12) + padded(human(ours), 16) + padded(human(ours + working), 16) +
+           padded(human(theirs), 18) +
            padded(fixed(100. * static_cast<double>(ours) / static_cast<double>(theirs), 1) + " %", 9) + "\n";
   }
   return out;
+}
+
+std::string describe_working_memory(int64_t bytes, int tokens, int threads) {
+  return "\nworking memory\n" +
+         line("a pass", cat(human_bytes(static_cast<double>(bytes)), "  (", tokens, " tokens at a time, ",
+                            threads, threads == 1 ? " thread)" : " threads)"));
 }
 
 std::string list_tensors(const Model& m) {
@@ -113,7 +122,10 @@ int inspect(const InspectOptions& options) {
   const Model m = open_model(options.model);
   StateOptions state;
   state.latent_dtype = options.model.cache_type == "bf16" ? DType::bf16 : DType::f32;
-  std::string out = describe_model(m) + describe_weights(m) + describe_cache(m.config, state);
+  const int threads = options.model.threads > 0 ? options.model.threads : available_processors();
+  const int64_t working = forward_bytes(m.config, options.model.batch, threads);
+  std::string out = describe_model(m) + describe_weights(m) + describe_cache(m.config, state, working) +
+                    describe_working_memory(working, options.model.batch, threads);
   if (options.tensors) out += list_tensors(m);
   print(out);
   return 0;

@@ -541,6 +541,7 @@ class Inspect(unittest.TestCase):
         out = run("inspect", "-m", DEMO, "--tensors").stdout
         self.assertIn("14527044", out)
         self.assertIn("8: 6 KDA, 2 MLA  KKKMKKKM", out)
+        self.assertRegex(out, r"a pass +[0-9.]+ MB  \(512 tokens at a time, [0-9]+ threads?\)")
         self.assertIn("model.layers.7.self_attn.kv_b_proj.weight  BF16 [512, 512]", out)
 
 

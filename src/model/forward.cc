@@ -231,6 +231,34 @@ void check_batch(const Batch& batch, const Config& c) {
 
 }  // namespace
 
+int64_t forward_bytes(const Config& c, int64_t tokens, int threads) {
+  Batch batch;
+  batch.add(0, std::vector<int32_t>(static_cast<size_t>(tokens)), Batch::Logits::last);
+  State state(c, {.max_tokens = tokens});
+  state.reserve(state.open(), tokens);
+  Arena arena;  // of address space: nothing touches its pages
+  make_activations(arena, c, batch, state);
+
+  int64_t scratch = 0;
+  const auto taken = [&](int64_t bytes) { scratch = std::max(scratch, bytes); };
+  if (c.kda_layer_count() > 0) {
+    const int64_t K = c.linear_attn_config.head_dim;
+    taken(kda_scratch_bytes(K, K, threads));
+  }
+  if (c.mla_layer_count() > 0) {
+    const MlaShape mla = {.A = c.num_attention_heads,
+                          .Nk = c.qk_nope_head_dim,
+                          .P = c.qk_rope_head_dim,
+                          .R = c.kv_lora_rank,
+                          .V = c.v_head_dim};
+    taken(tokens > absorbed_tokens(c) ? mla_prefill_scratch_bytes(mla, tokens, threads)
+                                      : mla_decode_scratch_bytes(mla, tokens, threads));
+  }
+  if (c.num_experts > 0)
+    taken(moe_experts_scratch_bytes(tokens, c.num_experts_per_token, c.hidden_size, c.moe_intermediate_size));
+  return static_cast<int64_t>(arena.used()) + scratch;
+}
+
 Tensor forward(Ctx& outer, const Model& model, const Batch& batch, State& state, Arena& arena,
                const ForwardOptions& options) {
   const Config& c = model.config;

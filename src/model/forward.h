@@ -22,4 +22,8 @@ struct ForwardOptions {
 // vocabulary and sequences that do not fit; the state is unchanged then.
 Tensor forward(Ctx&, const Model&, const Batch&, State&, Arena& arena, const ForwardOptions& = {});
 
+// Bytes of `arena` that forward() takes for `tokens` new tokens of one sequence, however long it is already;
+// with exact activations (rounded ones take up to a half more).
+int64_t forward_bytes(const Config&, int64_t tokens, int threads);
+
 }  // namespace kl

@@ -334,5 +334,26 @@ TEST(Model, RefusesWhatDoesNotFit) {
   EXPECT_THROW(runner.logits(twice), Error);
 }
 
+// What `inspect` says of the memory of a pass is what a pass takes, in every form that the operators have.
+TEST(Forward, TakesTheMemoryThatItIsSaidTo) {
+  for (const int threads : {1, 2, 5})
+    for (const int64_t tokens : {1, 9, 64, 300, 700}) {
+      Runner runner(demo(), 1, 2048, threads);
+      const int slot = runner.state.open();
+      for (int pass = 0; pass < 2; ++pass) {  // the second behind a context
+        Batch batch;
+        batch.add(slot, std::vector<int32_t>(static_cast<size_t>(tokens), 7), Batch::Logits::last);
+        runner.logits(batch);
+      }
+      const auto taken = static_cast<double>(runner.arena.peak());
+      const auto said = static_cast<double>(forward_bytes(demo().config, tokens, threads));
+      EXPECT_GE(said, taken * 0.98) << tokens << " tokens, " << threads << " threads";
+      // Short passes: the parts of a long context are counted, which is not there.
+      if (tokens >= 300) {
+        EXPECT_LE(said, taken * 1.1) << tokens << " tokens, " << threads << " threads";
+      }
+    }
+}
+
 }  // namespace
 }  // namespace kl

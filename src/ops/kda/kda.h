@@ -82,6 +82,8 @@ void kda_prefill(Ctx&, const KdaArgs&);
 // Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
 // CPU.
 int64_t kda_workspace_bytes(const KdaArgs&);
+// Bytes of ctx.scratch that kda_prefill() and kda_decode() take at most on the CPU.
+int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads);
 // Short sequences (every length 1, or a few for the verification of drafts): one step of the recurrence after
 // another.
 void kda_decode(Ctx&, const KdaArgs&);

@@ -179,6 +179,13 @@ void prefill(Ctx& ctx, const KdaArgs& args, bool bf16) {
 
 }  // namespace
 
+int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads) {
+  const int64_t state = kda_padded(K) * kda_state_stride(V);
+  const int64_t prefill = kda_panels_size(K, V) + kda_chunks_memory(K, V),
+                decode = state + kda_decode_memory(K, V);
+  return threads * std::max({state, prefill, decode}) * int64_t{sizeof(float)};
+}
+
 void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) {
   prefill(ctx, args, ctx.precision == Precision::bf16 && active_isa() == Isa::avx512_bf16);
 }

@@ -37,6 +37,14 @@ struct MlaArgs {
 };
 void mla_prefill(Ctx&, const MlaArgs&);
 void mla_decode(Ctx&, const MlaArgs&);
+
+// The letters above.
+struct MlaShape {
+  int64_t A, Nk, P, R, V;
+};
+// Bytes of ctx.scratch that they take at most on the CPU for T new tokens, however long the context is.
+int64_t mla_prefill_scratch_bytes(const MlaShape&, int64_t T, int threads);
+int64_t mla_decode_scratch_bytes(const MlaShape&, int64_t T, int threads);
 void mla_ref(const MlaArgs&);  // the definition as written above, f64
 
 }  // namespace kl

@@ -6,10 +6,6 @@
 
 namespace kl {
 
-// The letters of mla.h.
-struct MlaShape {
-  int64_t A, Nk, P, R, V;
-};
 MlaShape mla_shape(const MlaArgs&);  // mla.cc
 
 void mla_append_cpu(Ctx&, const MlaAppendArgs&);              // mla_append.cc

@@ -127,6 +127,12 @@ void attend(Ctx& ctx, const MlaArgs& a, const MlaShape& s, const float* absorbed
 
 }  // namespace
 
+int64_t mla_decode_scratch_bytes(const MlaShape& s, int64_t T, int threads) {
+  const int64_t floats =
+      T * s.A * (s.R + s.P) + T * s.A * s.R + kPartsAtOnce * s.A * (s.R + 2) + threads * s.A * kMlaKeys;
+  return floats * int64_t{sizeof(float)};
+}
+
 void mla_decode_cpu(Ctx& ctx, const MlaArgs& a, const MlaShape& s) {
   std::vector<Query> queries = make_queries(a);
   Scratch scratch(ctx);

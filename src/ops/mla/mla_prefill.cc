@@ -30,6 +30,10 @@ std::vector<Span> make_spans(const MlaArgs& a, int threads) {
 
 }  // namespace
 
+int64_t mla_prefill_scratch_bytes(const MlaShape& s, int64_t T, int threads) {
+  return threads * mla_prefill_memory(s, std::min(T, kLongestSpan)) * int64_t{sizeof(float)};
+}
+
 void mla_prefill_cpu(Ctx& ctx, const MlaArgs& a, const MlaShape& s) {
   const std::vector<Span> spans = make_spans(a, ctx.pool ? ctx.pool->threads() : 1);
   int64_t most = 0;

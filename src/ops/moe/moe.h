@@ -49,5 +49,7 @@ struct MoeExpertsArgs {
 };
 void moe_experts(Ctx&, const MoeExpertsArgs&);
 void moe_experts_ref(const MoeExpertsArgs&);
+// Bytes of ctx.scratch that moe_experts() takes on the CPU for T tokens, with exact activations.
+int64_t moe_experts_scratch_bytes(int64_t T, int64_t top_k, int64_t D, int64_t I);
 
 }  // namespace kl

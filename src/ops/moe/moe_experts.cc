@@ -172,6 +172,10 @@ void run(Ctx& ctx, const MoeExpertsArgs& a, int64_t I, bool rounded) {
 
 }  // namespace
 
+int64_t moe_experts_scratch_bytes(int64_t T, int64_t top_k, int64_t D, int64_t I) {
+  return std::min(T, kTokens) * top_k * (I + D) * int64_t{sizeof(float)};
+}
+
 void moe_experts_cpu(Ctx& ctx, const MoeExpertsArgs& a, int64_t I) {
   // All experts, not only the chosen ones: a token's result must not depend on what others chose.
   const bool rounded = ctx.precision == Precision::bf16 && has_gemm_bf16() && all_bf16(a.weights_of);
