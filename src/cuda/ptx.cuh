@@ -92,7 +92,7 @@ KL_DEVICE void cp_async_wait() {
 // ---- The optimiser ----------------------------------------------------------------------------------------
 
 // x, but the compiler does not know: nothing computed from it is moved out of a loop, where it would hold
-// registers all the time.
+// registers all the time; and x itself is computed here, not where it is used.
 KL_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
