@@ -19,9 +19,13 @@ bool kda_decode_pipeline_takes(const KdaArgs&);
 bool kda_decode_pipeline_pays(const KdaArgs&);
 void kda_decode_pipeline(const Ctx&, const KdaArgs&);
 
-// The fused decode step of kda_step.h, in the pipelined kernel.
+// The fused decode step of kda_step.h, in the pipelined kernel or, for few heads of 128, in tiles.
 bool kda_step_takes(const KdaStepArgs&);
 void kda_step(const Ctx&, const KdaStepArgs&);
+void kda_step_pipeline(const Ctx&, const KdaStepArgs&);
+bool kda_step_tiles_takes(const KdaStepArgs&);
+bool kda_step_tiles_pays(const KdaStepArgs&);
+void kda_step_tiles(const Ctx&, const KdaStepArgs&);
 
 // Replay decode of kda_replay.h, every GPU. Chooses between the same two ways; the pipeline takes heads of
 // 128.

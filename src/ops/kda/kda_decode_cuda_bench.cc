@@ -164,7 +164,7 @@ int run(const char* filter) {
     DType state;
   };
   std::vector<Row> rows;
-  for (const int B : {1, 8, 16, 64, 256})
+  for (const int B : {1, 2, 4, 8, 16, 64, 256})
     for (const bool v_first : {false, true}) rows.push_back({B, 32, 128, 1, v_first, DType::f32});
   for (const int H : {12, 96}) rows.push_back({1, H, 128, 1, false, DType::f32});
   for (const bool v_first : {false, true}) rows.push_back({256, 32, 128, 1, v_first, DType::bf16});
@@ -183,7 +183,10 @@ int run(const char* filter) {
               [&](const Ctx& ctx, int i) { cuda::kda_decode_pipeline(ctx, bench.args(i)); });
     if (r.tokens > 1) continue;
     print_row(std::string(name) + " fused step", bench, bench.bytes() + bench.bytes_of_fusion(), bandwidth,
-              [&](const Ctx& ctx, int i) { cuda::kda_step(ctx, bench.step_args(i)); });
+              [&](const Ctx& ctx, int i) { cuda::kda_step_pipeline(ctx, bench.step_args(i)); });
+    if (r.B <= 8 && cuda::kda_step_tiles_takes(bench.step_args(0)))
+      print_row(std::string(name) + " fused step, tiles", bench, bench.bytes() + bench.bytes_of_fusion(),
+                bandwidth, [&](const Ctx& ctx, int i) { cuda::kda_step_tiles(ctx, bench.step_args(i)); });
     // Beside the bytes of plain decode: 100 % would be its floor. A mean over a whole cycle of the ring,
     // every fill from 0 to L - 1, the step that folds included.
     if (r.state == DType::f32 && r.B >= 8) {

@@ -20,11 +20,13 @@
 #include "cuda/launch.h"
 #include "ops/kda/kda_cuda.h"
 #include "ops/kda/kda_decode_ring.cuh"
+#include "ops/kda/kda_step.cuh"
 
 namespace kl::cuda {
 namespace {
 
 constexpr int kPreparers = 2, kStages = 8;
+static_assert(kStages % kPreparers == 0);  // so that a preparer waits for every phase of its stages' barriers
 constexpr int kLoader = kSteppers + kPreparers, kStorer = kLoader + 1;  // warps
 constexpr int kThreads = 32 * (kStorer + 1);
 
@@ -50,19 +52,6 @@ struct Ring {
   int item[kSlots];  // -1: there are no more
   uint64_t loaded[kSlots], stepped[kSlots], free[kSlots];
   uint64_t ready[kStages], used[kStages], finished[kStages];
-};
-
-// What the fused step has beside StepParams.
-struct Conv {
-  const float* weight;  // [C, 4]
-  float* state;         // [slots, C, 3]
-  int64_t slot_stride;
-};
-struct FusedParams {
-  Conv q, k, v;
-  Operand out_gate;
-  const float* norm_weight;
-  float norm_eps;
 };
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -165,11 +154,7 @@ KL_DEVICE void convolve(float (&x)[4], const Conv& conv, const ConvInputs& in, i
     store4(state + 8, {x[2], s[10], s[11], x[3]});
   }
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const float4 w = in.weight[e];
-    const float sum = fmaf(w.w, x[e], fmaf(w.z, s[3 * e + 2], fmaf(w.y, s[3 * e + 1], w.x * s[3 * e])));
-    x[e] = sum * sigmoid(sum);
-  }
+  for (int e = 0; e < 4; ++e) x[e] = convolved(in.weight[e], s + 3 * e, x[e]);
 }
 
 // A warp takes every kPreparers-th token; its lanes have four channels of the item's heads each.
@@ -335,10 +320,6 @@ void launch_variant(const Ctx& ctx, const KdaArgs& a, const FusedParams& f) {
     a.state_v_first ? with_type.template operator()<64, true>() : with_type.template operator()<64, false>();
 }
 
-Conv conv_params(const StepConv& conv) {
-  return {conv.weight.ptr<float>(), conv.state.ptr<float>(), conv.state.stride[0]};
-}
-
 }  // namespace
 
 bool kda_decode_pipeline_takes(const KdaArgs& a) {
@@ -375,14 +356,12 @@ bool kda_step_takes(const KdaStepArgs& a) {
          in_fours(a.out_gate) && in_fours(a.norm_weight);
 }
 
+void kda_step_pipeline(const Ctx& ctx, const KdaStepArgs& a) {
+  launch_variant<true>(ctx, a.kda, fused_params(a));
+}
+
 void kda_step(const Ctx& ctx, const KdaStepArgs& a) {
-  launch_variant<true>(ctx, a.kda,
-                       {.q = conv_params(a.q),
-                        .k = conv_params(a.k),
-                        .v = conv_params(a.v),
-                        .out_gate = operand(a.out_gate),
-                        .norm_weight = a.norm_weight.ptr<float>(),
-                        .norm_eps = a.norm_eps});
+  !a.kda.batch_invariant&& kda_step_tiles_pays(a) ? kda_step_tiles(ctx, a) : kda_step_pipeline(ctx, a);
 }
 
 }  // namespace kl::cuda

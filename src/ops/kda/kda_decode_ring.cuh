@@ -21,14 +21,7 @@ struct alignas(128) StateSlot {
   static constexpr int kItem = kHeads * D * D;       // elements
   static constexpr int kParts = kVFirst ? 1 : 2 * kHeads, kPart = kItem / kParts;
   static constexpr int kApart = kPart + (kVFirst ? 0 : 64 / static_cast<int>(sizeof(State)));
-#ifndef KL_COPIES
-#define KL_COPIES 2
-#endif
-  // The copy engine works on several copies at a time.
-  static constexpr int kCopies = KL_COPIES > kParts ? KL_COPIES : kParts, kPiece = kItem / kCopies;
-  static constexpr uint32_t bytes() { return kItem * sizeof(State); }
-  // Where copy i stands in the slot.
-  KL_DEVICE static int piece(int i) { return i * kPiece + i * kPiece / kPart * (kApart - kPart); }
+  static constexpr uint32_t part_bytes() { return kPart * sizeof(State); }
 
   State state[kParts * kApart];
 
@@ -64,19 +57,18 @@ KL_DEVICE void for_each_item(const StepParams& p, int heads, F&& f) {
 template <int D, bool kVFirst, class State>
 KL_DEVICE void load_item(StateSlot<D, kVFirst, State>& to, const State* from, uint32_t loaded) {
   using Slot = StateSlot<D, kVFirst, State>;
-  mbarrier_arrive_expect_tx(loaded, Slot::bytes());
+  mbarrier_arrive_expect_tx(loaded, Slot::kParts * Slot::part_bytes());
 #pragma unroll
-  for (int i = 0; i < Slot::kCopies; ++i)
-    bulk_load(smem_address(to.state + Slot::piece(i)), from + i * Slot::kPiece, Slot::bytes() / Slot::kCopies,
+  for (int part = 0; part < Slot::kParts; ++part)
+    bulk_load(smem_address(to.state + part * Slot::kApart), from + part * Slot::kPart, Slot::part_bytes(),
               loaded);
 }
 template <int D, bool kVFirst, class State>
 KL_DEVICE void store_item(State* to, const StateSlot<D, kVFirst, State>& from) {
   using Slot = StateSlot<D, kVFirst, State>;
 #pragma unroll
-  for (int i = 0; i < Slot::kCopies; ++i)
-    bulk_store(to + i * Slot::kPiece, smem_address(from.state + Slot::piece(i)),
-               Slot::bytes() / Slot::kCopies);
+  for (int part = 0; part < Slot::kParts; ++part)
+    bulk_store(to + part * Slot::kPart, smem_address(from.state + part * Slot::kApart), Slot::part_bytes());
 }
 
 // The lane's part of a [K,V] state in two halves, `apart` elements from one to the other.

@@ -93,7 +93,11 @@ KL_DEVICE void run_preparer(Ring<kVFirst>& ring, const StepParams& p, const Repl
   for_each_item(p, 1, [&](int item, const SequenceWork& work) {
     const Turn<kStages> turn = next;
     next.next();
-    if (count++ % kPreparers != mine) return;
+    if (count++ % kPreparers != mine) {
+      // A wait tells a phase from the one before it only: no phase of a barrier may be left out.
+      mbarrier_wait(smem_address(&ring.recorded[turn.place]), turn.phase);
+      return;
+    }
     const int head = first_head(p, 1, item);
     // All loads are issued before the first value is used.
     const int64_t row = work.begin, qk = qk_head(p, head);

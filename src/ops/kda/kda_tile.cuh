@@ -113,6 +113,34 @@ KL_DEVICE Scales scales_of(float kk, float qq, float kq, bool l2norm, float l2_e
   return s;
 }
 
+// The same, prepared by a block of four warps, a channel a thread.
+constexpr int kTileWarps = 4, kTileThreads = 32 * kTileWarps;
+template <int KP>
+struct Prepared {
+  Channels<KP> channels;
+  alignas(16) float kk[kTileWarps], qq[kTileWarps], kq[kTileWarps];  // the warps' parts of kᵀk, qᵀq, kᵀq
+};
+struct Squares {
+  float kk = 0, qq = 0, kq = 0;  // of the thread's channels
+  KL_DEVICE void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
+};
+template <int KP>
+KL_DEVICE void leave_sums(Prepared<KP>& to, const Squares& squares) {
+  const float kk = warp_sum(squares.kk), qq = warp_sum(squares.qq), kq = warp_sum(squares.kq);
+  if (threadIdx.x % 32 == 0) {
+    const int warp = threadIdx.x / 32;
+    to.kk[warp] = kk, to.qq[warp] = qq, to.kq[warp] = kq;
+  }
+}
+KL_DEVICE float sum_of_four(const float* x) {
+  const float4 four = load4(x);
+  return four.x + four.y + four.z + four.w;
+}
+template <int KP>
+KL_DEVICE Scales scales_of(const Prepared<KP>& x, bool l2norm, float l2_eps, float scale) {
+  return scales_of(sum_of_four(x.kk), sum_of_four(x.qq), sum_of_four(x.kq), l2norm, l2_eps, scale);
+}
+
 // One step of the recurrence on the lane's part of the state; o are the outputs of its P value channels, the
 // same in the eight lanes of a vg.
 template <int KP, int P, bool kVFirst>
