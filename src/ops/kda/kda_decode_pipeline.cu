@@ -26,7 +26,7 @@ namespace kl::cuda {
 namespace {
 
 constexpr int kPreparers = 2, kStages = 8;
-static_assert(kStages % kPreparers == 0);  // so that a preparer waits for every phase of its stages' barriers
+static_assert(kStages % kPreparers == 0);  // a preparer sees every phase of its stages' barriers
 constexpr int kLoader = kSteppers + kPreparers, kStorer = kLoader + 1;  // warps
 constexpr int kThreads = 32 * (kStorer + 1);
 

@@ -3,10 +3,9 @@
 // but a step's record, so a slot is free as soon as its state is in registers. Heads of 128. Roles of a
 // block's warps:
 //
-//   loader (1 thread)    index tables -> bulk loads of an item's records into a stage, of its state into a
-//   slot preparers (2 warps)  records and the token's operands -> two numbers a record, decayed k and q; they
-//   write
-//                        the key and the decays of the new record. A warp takes every other item
+//   loader (1 thread)    index tables -> bulk loads of an item's records into a stage, its state into a slot
+//   preparers (3 warps)  records and the token's operands -> two numbers a record, decayed k and q; they
+//                        write the key and the decays of the new record. Each has a stage
 //   steppers (8 warps)   16 value channels each: state from the slot to registers, output and delta; a full
 //                        ring goes into the state, which they write from registers
 //
@@ -24,7 +23,10 @@
 namespace kl::cuda {
 namespace {
 
-constexpr int D = 128, kPreparers = 2, kSlots = 2, kStages = 3;
+constexpr int D = 128, kSlots = 2, kStages = 3;
+// A preparer has a stage of its own: whoever waits for a barrier has to see every phase of it, and the
+// barrier must not run ahead of him.
+constexpr int kPreparers = kStages;
 constexpr int kLoader = kSteppers + kPreparers, kThreads = 32 * (kLoader + 1);  // warps, threads
 
 // One item's records and its token's operands.
@@ -89,15 +91,10 @@ template <bool kVFirst>
 KL_DEVICE void run_preparer(Ring<kVFirst>& ring, const StepParams& p, const ReplayParams& r, int mine) {
   const int lane = threadIdx.x % 32, c = 4 * lane;
   Turn<kStages> next;
-  int count = 0;
   for_each_item(p, 1, [&](int item, const SequenceWork& work) {
     const Turn<kStages> turn = next;
     next.next();
-    if (count++ % kPreparers != mine) {
-      // A wait tells a phase from the one before it only: no phase of a barrier may be left out.
-      mbarrier_wait(smem_address(&ring.recorded[turn.place]), turn.phase);
-      return;
-    }
+    if (turn.place != mine) return;
     const int head = first_head(p, 1, item);
     // All loads are issued before the first value is used.
     const int64_t row = work.begin, qk = qk_head(p, head);

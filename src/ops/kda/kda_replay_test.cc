@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <limits>
 #include <string>
 
@@ -215,6 +216,49 @@ TEST(KdaReplayCuda, ManySequencesWithRingsOfEveryFill) {
       r.begin_with_records(random);
       expect_right_on_gpu(r, 2, DType::f32, random, cuda::kda_replay);
     }
+}
+
+TEST(KdaReplayCuda, ManyItemsABlock) {
+  if (!cuda::device_present()) GTEST_SKIP() << "no CUDA device";
+  if (cuda::current_device().arch < 90) GTEST_SKIP() << "the pipeline needs sm_90";
+  // Some thirty items for each block, twice round the ring, beside the other way: too many for the
+  // definition. What can go wrong here is a hand-over that depends on time.
+  testing::Random random(7);
+  const int64_t N = 256, H = 16, D = 128, L = 4;
+  Replay r(1, H, H, D, D, L, false, KdaGateKind::softplus, random);
+  const Rows rows(r, N, DType::f32, random);
+  const cuda::DeviceTensor q = cuda::to_device(rows.q.tensor), k = cuda::to_device(rows.k.tensor),
+                           v = cuda::to_device(rows.v.tensor), g = cuda::to_device(rows.g.tensor),
+                           beta = cuda::to_device(rows.beta.tensor), A_log = cuda::to_device(r.A_log.tensor);
+  OwnedTensor slots = make_tensor(DType::i32, {N});
+  for (int64_t n = 0; n < N; ++n) *slots.tensor.at<int32_t>(n) = static_cast<int32_t>(n * 7 % N);
+  const cuda::DeviceTensor slot = cuda::to_device(slots.tensor);
+  Ctx ctx;
+  ctx.device = Device::cuda;
+  const auto run = [&](void (*replay)(const Ctx&, const KdaReplayArgs&)) {
+    const cuda::DeviceTensor state = cuda::device_tensor(DType::f32, {N, H, D, D}, 0x3c),
+                             keys = cuda::device_tensor(DType::f32, {N, H, L, D}),
+                             decays = cuda::device_tensor(DType::f32, {N, H, L, D}),
+                             deltas = cuda::device_tensor(DType::f32, {N, H, L, D}),
+                             out = cuda::to_device(rows.out.tensor);
+    OwnedTensor fill = make_tensor(DType::i32, {N});
+    KdaReplayArgs a = replay_args(r, rows, 0, N);
+    a.kda.q = q.tensor, a.kda.k = k.tensor, a.kda.v = v.tensor, a.kda.g = g.tensor, a.kda.beta = beta.tensor;
+    a.kda.out = out.tensor, a.kda.state = state.tensor, a.kda.slot = slot.tensor;
+    a.kda.gate.A_log = A_log.tensor;
+    a.keys = keys.tensor, a.decays = decays.tensor, a.deltas = deltas.tensor;
+    for (int64_t t = 0; t < 2 * L; ++t) {
+      std::fill_n(fill.tensor.ptr<int32_t>(), N, static_cast<int32_t>(t % L));
+      const cuda::DeviceTensor records = cuda::to_device(fill.tensor);
+      a.fill = records.tensor;
+      replay(ctx, a);
+      KL_CUDA_CHECK(cudaDeviceSynchronize(), "replaying");
+    }
+    return cuda::to_host(out.tensor);
+  };
+  const OwnedTensor reference = run(cuda::kda_replay_tiles);
+  for (int repetition = 0; repetition < 3; ++repetition)
+    EXPECT_LE(testing::rel_rms(run(cuda::kda_replay_pipeline).tensor, reference.tensor), 1e-5);
 }
 #endif  // KL_CUDA
 
