@@ -22,6 +22,8 @@ inline Operand operand(const Tensor& t) {
 KL_DEVICE int64_t offset_of(const Operand& t, int64_t token, int64_t head) {
   return token * t.token_stride + head * t.head_stride;
 }
+// Where element i stands, counted in bytes from t.data.
+KL_DEVICE int64_t byte_of(const Operand& t, int64_t i) { return i << (t.is_bf16 ? 1 : 2); }
 KL_DEVICE float load_element(const Operand& t, int64_t i) {
   return t.is_bf16 ? to_float(static_cast<const bf16*>(t.data)[i]) : static_cast<const float*>(t.data)[i];
 }
@@ -31,9 +33,11 @@ KL_DEVICE float load_element(const Operand& t, int64_t i) {
 struct RawElement {
   uint32_t bits = 0;
 };
-KL_DEVICE RawElement load_raw(const Operand& t, int64_t i) {
-  return {t.is_bf16 ? static_cast<const uint16_t*>(t.data)[i] : static_cast<const uint32_t*>(t.data)[i]};
+KL_DEVICE RawElement load_raw_at(const Operand& t, int64_t byte) {
+  const char* at = static_cast<const char*>(t.data) + byte;
+  return {t.is_bf16 ? *reinterpret_cast<const uint16_t*>(at) : *reinterpret_cast<const uint32_t*>(at)};
 }
+KL_DEVICE RawElement load_raw(const Operand& t, int64_t i) { return load_raw_at(t, byte_of(t, i)); }
 KL_DEVICE float value_of(const Operand& t, RawElement raw) {
   return __uint_as_float(raw.bits << (t.is_bf16 ? 16 : 0));
 }
@@ -52,29 +56,34 @@ struct RawRun {
   uint32_t bits[kCount] = {};
 };
 template <int kCount, bool kFull>
-KL_DEVICE RawRun<kCount, kFull> load_raw_run(const Operand& t, int64_t i, int valid) {
+KL_DEVICE RawRun<kCount, kFull> load_raw_run_at(const Operand& t, int64_t byte, int valid) {
+  const char* at = static_cast<const char*>(t.data) + byte;
   RawRun<kCount, kFull> raw;
   if constexpr (!kFull) {
 #pragma unroll
     for (int e = 0; e < kCount; ++e)
-      if (e < valid) raw.bits[e] = load_raw(t, i + e).bits;
+      if (e < valid) raw.bits[e] = load_raw_at(t, byte + byte_of(t, e)).bits;
   } else if constexpr (kCount == 2) {
     if (t.is_bf16) {
-      raw.bits[0] = *reinterpret_cast<const uint32_t*>(static_cast<const bf16*>(t.data) + i);
+      raw.bits[0] = *reinterpret_cast<const uint32_t*>(at);
     } else {
-      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const float*>(t.data) + i);
+      const uint2 x = *reinterpret_cast<const uint2*>(at);
       raw.bits[0] = x.x, raw.bits[1] = x.y;
     }
   } else {
     if (t.is_bf16) {
-      const uint2 x = *reinterpret_cast<const uint2*>(static_cast<const bf16*>(t.data) + i);
+      const uint2 x = *reinterpret_cast<const uint2*>(at);
       raw.bits[0] = x.x, raw.bits[1] = x.y;
     } else {
-      const uint4 x = *reinterpret_cast<const uint4*>(static_cast<const float*>(t.data) + i);
+      const uint4 x = *reinterpret_cast<const uint4*>(at);
       raw.bits[0] = x.x, raw.bits[1] = x.y, raw.bits[2] = x.z, raw.bits[3] = x.w;
     }
   }
   return raw;
+}
+template <int kCount, bool kFull>
+KL_DEVICE RawRun<kCount, kFull> load_raw_run(const Operand& t, int64_t i, int valid) {
+  return load_raw_run_at<kCount, kFull>(t, byte_of(t, i), valid);
 }
 template <int kCount, bool kFull>
 KL_DEVICE void values_of(float (&x)[kCount], const Operand& t, const RawRun<kCount, kFull>& raw) {
@@ -90,23 +99,33 @@ KL_DEVICE void values_of(float (&x)[kCount], const Operand& t, const RawRun<kCou
   }
 }
 template <bool kFull, int kCount>
-KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[kCount], int valid) {
+KL_DEVICE void store_run_at(const Operand& t, int64_t byte, const float (&x)[kCount], int valid) {
+  char* at = static_cast<char*>(t.data) + byte;
   if constexpr (kFull && kCount == 2) {
     if (t.is_bf16)
-      store2(static_cast<bf16*>(t.data) + i, {x[0], x[1]});
+      store2(reinterpret_cast<bf16*>(at), {x[0], x[1]});
     else
-      store2(static_cast<float*>(t.data) + i, {x[0], x[1]});
+      store2(reinterpret_cast<float*>(at), {x[0], x[1]});
   } else if constexpr (kFull) {
     const float4 four{x[0], x[1], x[2], x[3]};
     if (t.is_bf16)
-      store4(static_cast<bf16*>(t.data) + i, four);
+      store4(reinterpret_cast<bf16*>(at), four);
     else
-      store4(static_cast<float*>(t.data) + i, four);
+      store4(reinterpret_cast<float*>(at), four);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; ++e)
-      if (e < valid) store_element(t, i + e, x[e]);
+      if (e < valid) {
+        if (t.is_bf16)
+          reinterpret_cast<bf16*>(at)[e] = from_float<bf16>(x[e]);
+        else
+          reinterpret_cast<float*>(at)[e] = x[e];
+      }
   }
+}
+template <bool kFull, int kCount>
+KL_DEVICE void store_run(const Operand& t, int64_t i, const float (&x)[kCount], int valid) {
+  store_run_at<kFull>(t, byte_of(t, i), x, valid);
 }
 
 // An i32 or i64 vector of row numbers.
@@ -144,13 +163,20 @@ struct SequenceWork {
   int slot, slot_out;
   KL_DEVICE bool idle() const { return begin == end && slot == slot_out; }
 };
-KL_DEVICE SequenceWork sequence_work(const PackedStates& p, int n) {
-  SequenceWork w;
+KL_DEVICE void read_rows(SequenceWork& w, const PackedStates& p, int n) {
   const bool listed = p.cu_seqlens.data != nullptr;
-  w.begin = listed ? row_number(p.cu_seqlens, n) : n,
+  // The end first: compilers wait for `begin`, which a kernel counts from, as soon as it is loaded.
   w.end = listed ? row_number(p.cu_seqlens, n + 1) : n + 1;
+  w.begin = listed ? row_number(p.cu_seqlens, n) : n;
+}
+KL_DEVICE void read_slots(SequenceWork& w, const PackedStates& p, int n) {
   w.slot = p.state == nullptr ? -1 : p.slot[n];
   w.slot_out = p.slot_out == nullptr ? w.slot : p.slot_out[n];
+}
+KL_DEVICE SequenceWork sequence_work(const PackedStates& p, int n) {
+  SequenceWork w;
+  read_rows(w, p, n);
+  read_slots(w, p, n);
   return w;
 }
 

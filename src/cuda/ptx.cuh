@@ -92,7 +92,7 @@ KL_DEVICE void cp_async_wait() {
 // ---- The optimiser ----------------------------------------------------------------------------------------
 
 // x, but the compiler does not know: nothing computed from it is moved out of a loop, where it would hold
-// registers all the time.
+// registers all the time; and x itself is computed here, not where it is used.
 KL_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
@@ -193,6 +193,26 @@ KL_DEVICE bool mbarrier_try_wait(uint32_t bar, uint32_t parity) {
 KL_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
   while (!mbarrier_try_wait(bar, parity)) {
   }
+}
+
+// ---- Clusters of blocks -----------------------------------------------------------------------------------
+
+// A barrier in two halves for all threads of a cluster. The first half orders nothing but barriers made
+// visible by fence_barrier_init(): a release would wait for all of the thread's memory.
+KL_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+KL_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// x to where `smem` is in the shared memory of the cluster's block `rank`; its four bytes count at the
+// barrier that is there where `bar` is.
+KL_DEVICE void store_in_cluster(uint32_t smem, uint32_t bar, uint32_t rank, float x) {
+  asm volatile(
+      "{\n.reg .b32 a, b;\n"
+      "mapa.shared::cluster.u32 a, %0, %2;\n"
+      "mapa.shared::cluster.u32 b, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], %3, [b];\n}" ::"r"(smem),
+      "r"(bar), "r"(rank), "f"(x)
+      : "memory");
 }
 
 // ---- Bulk copies by the copy engine (16-byte aligned, a multiple of 16 bytes) -----------------------------

@@ -19,12 +19,21 @@ bool kda_decode_pipeline_takes(const KdaArgs&);
 bool kda_decode_pipeline_pays(const KdaArgs&);
 void kda_decode_pipeline(const Ctx&, const KdaArgs&);
 
-// The fused decode step of kda_step.h, in the pipelined kernel.
+// The fused decode step of kda_step.h, in the pipelined kernel or, for few heads of 128, in tiles.
 bool kda_step_takes(const KdaStepArgs&);
 void kda_step(const Ctx&, const KdaStepArgs&);
+void kda_step_pipeline(const Ctx&, const KdaStepArgs&);
+bool kda_step_tiles_takes(const KdaStepArgs&);
+bool kda_step_tiles_pays(const KdaStepArgs&);
+void kda_step_tiles(const Ctx&, const KdaStepArgs&);
 
-// Replay decode of kda_replay.h, every GPU.
+// Replay decode of kda_replay.h, every GPU. Chooses between the same two ways; the pipeline takes heads of
+// 128.
 void kda_replay(const Ctx&, const KdaReplayArgs&);
+void kda_replay_tiles(const Ctx&, const KdaReplayArgs&);
+bool kda_replay_pipeline_takes(const KdaReplayArgs&);
+bool kda_replay_pipeline_pays(const KdaReplayArgs&);
+void kda_replay_pipeline(const Ctx&, const KdaReplayArgs&);
 
 // Chunkwise with mma.sync: sm_80 and up, any K and V up to 256; no workspace. The first leaves short
 // sequences to kda_decode().

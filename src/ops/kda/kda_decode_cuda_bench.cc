@@ -164,7 +164,7 @@ int run(const char* filter) {
     DType state;
   };
   std::vector<Row> rows;
-  for (const int B : {1, 8, 16, 64, 256})
+  for (const int B : {1, 2, 4, 8, 16, 64, 256})
     for (const bool v_first : {false, true}) rows.push_back({B, 32, 128, 1, v_first, DType::f32});
   for (const int H : {12, 96}) rows.push_back({1, H, 128, 1, false, DType::f32});
   for (const bool v_first : {false, true}) rows.push_back({256, 32, 128, 1, v_first, DType::bf16});
@@ -183,13 +183,23 @@ int run(const char* filter) {
               [&](const Ctx& ctx, int i) { cuda::kda_decode_pipeline(ctx, bench.args(i)); });
     if (r.tokens > 1) continue;
     print_row(std::string(name) + " fused step", bench, bench.bytes() + bench.bytes_of_fusion(), bandwidth,
-              [&](const Ctx& ctx, int i) { cuda::kda_step(ctx, bench.step_args(i)); });
-    // Beside the bytes of plain decode: 100 % would be its floor.
-    if (r.state == DType::f32 && r.B >= 16)
-      print_row(
-          std::string(name) + " replay", bench, bench.bytes(), bandwidth,
-          [&](const Ctx& ctx, int i) { cuda::kda_replay(ctx, bench.replay_args(i)); },
-          static_cast<int>(kMostRecords));
+              [&](const Ctx& ctx, int i) { cuda::kda_step_pipeline(ctx, bench.step_args(i)); });
+    if (r.B <= 8 && cuda::kda_step_tiles_takes(bench.step_args(0)))
+      print_row(std::string(name) + " fused step, tiles", bench, bench.bytes() + bench.bytes_of_fusion(),
+                bandwidth, [&](const Ctx& ctx, int i) { cuda::kda_step_tiles(ctx, bench.step_args(i)); });
+    // Beside the bytes of plain decode: 100 % would be its floor. A mean over a whole cycle of the ring,
+    // every fill from 0 to L - 1, the step that folds included.
+    if (r.state == DType::f32 && r.B >= 8) {
+      const auto replay = [&](const char* way, void (*kernel)(const Ctx&, const KdaReplayArgs&)) {
+        print_row(
+            std::string(name) + way, bench, bench.bytes(), bandwidth,
+            [&](const Ctx& ctx, int i) { kernel(ctx, bench.replay_args(i)); },
+            static_cast<int>(kMostRecords));
+      };
+      replay(" replay tiles", cuda::kda_replay_tiles);
+      if (cuda::kda_replay_pipeline_takes(bench.replay_args(0)))
+        replay(" replay pipeline", cuda::kda_replay_pipeline);
+    }
   }
   for (const int H : {32, 96}) {
     const std::string name = "B1 H" + std::to_string(H) + " D128 T8192 [K,V] f32 portable prefill";

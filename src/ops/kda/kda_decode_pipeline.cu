@@ -1,8 +1,7 @@
 // KDA decode for many sequences, and the fused decode step, on sm_90 and up: the copy engine carries whole
 // states through a ring of slots in shared memory, so that memory is never idle while a step is computed.
 //
-// One block per multiprocessor walks over its share of the items; an item is one (sequence, value head), or
-// two heads of 64. Roles of its warps:
+// What a block walks over, and its slots: kda_decode_ring.cuh. Roles of its warps:
 //
 //   loader (1 thread)    index tables -> bulk load of the item's state into a free slot
 //   preparers (2 warps)  operands of the tokens ahead -> shared memory, a stage per token;
@@ -20,12 +19,14 @@
 //   finished[stage] steppers' outputs (fused step)               -> storer
 #include "cuda/launch.h"
 #include "ops/kda/kda_cuda.h"
-#include "ops/kda/kda_tile.cuh"
+#include "ops/kda/kda_decode_ring.cuh"
+#include "ops/kda/kda_step.cuh"
 
 namespace kl::cuda {
 namespace {
 
-constexpr int kSteppers = 8, kPreparers = 2, kStages = 8;
+constexpr int kPreparers = 2, kStages = 8;
+static_assert(kStages % kPreparers == 0);  // a preparer sees every phase of its stages' barriers
 constexpr int kLoader = kSteppers + kPreparers, kStorer = kLoader + 1;  // warps
 constexpr int kThreads = 32 * (kStorer + 1);
 
@@ -39,20 +40,13 @@ struct alignas(16) Operands {
   float beta;
 };
 
-// A slot holds an item's state in parts. In [V,K] that is one, as it lies in memory. In [K,V] a warp's 16
-// value channels are the same 16 banks in every row, and eight lanes of an access touch two rows; so the two
-// halves of a head's keys stand 16 banks apart, and lanes of neighbouring kg take their rows from different
-// halves.
 template <int D, bool kVFirst, class State>
 struct Ring {
-  static constexpr int kHeads = 16 * kSteppers / D;  // of an item
-  static constexpr int kItem = kHeads * D * D;       // elements
-  static constexpr int kParts = kVFirst ? 1 : 2 * kHeads, kPart = kItem / kParts;
-  static constexpr int kApart = kPart + (kVFirst ? 0 : 64 / static_cast<int>(sizeof(State)));
-  static constexpr int kSlots = 192 * 1024 / (kItem * static_cast<int>(sizeof(State)));
-  static constexpr uint32_t part_bytes() { return kPart * sizeof(State); }
+  using Slot = StateSlot<D, kVFirst, State>;
+  static constexpr int kHeads = Slot::kHeads;
+  static constexpr int kSlots = 192 * 1024 / (Slot::kItem * static_cast<int>(sizeof(State)));
 
-  alignas(128) State state[kSlots][kParts * kApart];
+  Slot states[kSlots];
   Operands<D> operands[kStages][kHeads];
   SequenceWork work[kSlots];
   int item[kSlots];  // -1: there are no more
@@ -60,44 +54,7 @@ struct Ring {
   uint64_t ready[kStages], used[kStages], finished[kStages];
 };
 
-// What the fused step has beside StepParams.
-struct Conv {
-  const float* weight;  // [C, 4]
-  float* state;         // [slots, C, 3]
-  int64_t slot_stride;
-};
-struct FusedParams {
-  Conv q, k, v;
-  Operand out_gate;
-  const float* norm_weight;
-  float norm_eps;
-};
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-// Position in a ring of kCount places, with the phase of its barriers.
-template <int kCount>
-struct Turn {
-  int place = 0;
-  uint32_t phase = 0;
-  KL_DEVICE void next() {
-    if (++place == kCount) place = 0, phase ^= 1;
-  }
-};
-
-// Items of this block, idle ones left out: f(item, sequence's work).
-template <class F>
-KL_DEVICE void for_each_item(const StepParams& p, int heads, F&& f) {
-  const int groups = p.Hv / heads, items = p.N * groups;
-  for (int item = blockIdx.x; item < items; item += gridDim.x) {
-    const SequenceWork work = sequence_work(p, item / groups);
-    if (!work.idle()) f(item, work);
-  }
-}
-
-KL_DEVICE int64_t state_offset(const StepParams& p, int heads, int item, int slot) {
-  return slot * p.slot_stride + item % (p.Hv / heads) * heads * p.head_stride;
-}
 
 template <int D, bool kVFirst, class State>
 KL_DEVICE void run_loader(Ring<D, kVFirst, State>& ring, const StepParams& p) {
@@ -110,12 +67,7 @@ KL_DEVICE void run_loader(Ring<D, kVFirst, State>& ring, const StepParams& p) {
     ring.item[turn.place] = item;
     const uint32_t loaded = smem_address(&ring.loaded[turn.place]);
     if (work.slot >= 0) {
-      mbarrier_arrive_expect_tx(loaded, R::kParts * R::part_bytes());
-      const State* from = static_cast<const State*>(p.state) + state_offset(p, R::kHeads, item, work.slot);
-#pragma unroll
-      for (int part = 0; part < R::kParts; ++part)
-        bulk_load(smem_address(ring.state[turn.place] + part * R::kApart), from + part * R::kPart,
-                  R::part_bytes(), loaded);
+      load_item(ring.states[turn.place], R::Slot::in_pool(p, item, work.slot), loaded);
     } else {
       mbarrier_arrive(loaded);
     }
@@ -156,7 +108,7 @@ KL_DEVICE void run_storer(Ring<D, kVFirst, State>& ring, const StepParams& p, co
       mbarrier_wait(smem_address(&ring.loaded[turn.place]), turn.phase);
       const int item = ring.item[turn.place];
       if (item < 0) break;
-      finish_token(ring, p, f, ring.work[turn.place].begin, item % (p.Hv / R::kHeads) * R::kHeads, stage);
+      finish_token(ring, p, f, ring.work[turn.place].begin, first_head(p, R::kHeads, item), stage);
       __syncwarp();
       if (elected) mbarrier_arrive(smem_address(&ring.used[stage.place]));
       stage.next();
@@ -168,11 +120,7 @@ KL_DEVICE void run_storer(Ring<D, kVFirst, State>& ring, const StepParams& p, co
     __syncwarp();  // all lanes have read item and work; the slot may be given away
     if (elected) {
       if (slot >= 0) {
-        State* to = static_cast<State*>(p.state) + state_offset(p, R::kHeads, item, slot);
-#pragma unroll
-        for (int part = 0; part < R::kParts; ++part)
-          bulk_store(to + part * R::kPart, smem_address(ring.state[turn.place] + part * R::kApart),
-                     R::part_bytes());
+        store_item(R::Slot::in_pool(p, item, slot), ring.states[turn.place]);
         bulk_commit();
         bulk_wait_read<0>();  // the slot may be written again; the block may end
       }
@@ -206,11 +154,7 @@ KL_DEVICE void convolve(float (&x)[4], const Conv& conv, const ConvInputs& in, i
     store4(state + 8, {x[2], s[10], s[11], x[3]});
   }
 #pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const float4 w = in.weight[e];
-    const float sum = fmaf(w.w, x[e], fmaf(w.z, s[3 * e + 2], fmaf(w.y, s[3 * e + 1], w.x * s[3 * e])));
-    x[e] = sum * sigmoid(sum);
-  }
+  for (int e = 0; e < 4; ++e) x[e] = convolved(in.weight[e], s + 3 * e, x[e]);
 }
 
 // A warp takes every kPreparers-th token; its lanes have four channels of the item's heads each.
@@ -222,7 +166,7 @@ KL_DEVICE void run_preparer(Ring<D, kVFirst, State>& ring, const StepParams& p, 
   Turn<kStages> turn;
   int count = 0;
   for_each_item(p, kHeads, [&](int item, const SequenceWork& work) {
-    const int head = item % (p.Hv / kHeads) * kHeads + h;
+    const int head = first_head(p, kHeads, item) + h;
     for (int64_t row = work.begin; row < work.end; ++row, turn.next()) {
       if (count++ % kPreparers != mine) continue;
       // All loads are issued before the first value is used.
@@ -273,56 +217,20 @@ KL_DEVICE void run_preparer(Ring<D, kVFirst, State>& ring, const StepParams& p, 
   });
 }
 
-// The lane's part of a [K,V] state in two halves, `apart` elements from one to the other.
-template <int D, class State>
-KL_DEVICE void load_halves(LaneState<D, 4>& S, const State* tile, int apart) {
-  const Place<false> at;
-  const bool odd = at.kg % 2 != 0;
-  const State* from = tile + 4 * at.kg * D + 4 * at.vg;
-#pragma unroll
-  for (int m = 0; m < D / 16; ++m) {
-    const int row = 32 * (m / 4) + m % 4;
-    const float4 x = load4(from + (odd ? apart : 0) + row * D), y = load4(from + (odd ? 0 : apart) + row * D);
-    const float4 low = odd ? y : x, high = odd ? x : y;
-    S[m][0] = low.x, S[m][1] = low.y, S[m][2] = low.z, S[m][3] = low.w;
-    float(&to)[4] = S[m + D / 16];
-    to[0] = high.x, to[1] = high.y, to[2] = high.z, to[3] = high.w;
-  }
-}
-template <int D, class State>
-KL_DEVICE void store_halves(const LaneState<D, 4>& S, State* tile, int apart) {
-  const Place<false> at;
-  const bool odd = at.kg % 2 != 0;
-  State* to = tile + 4 * at.kg * D + 4 * at.vg;
-#pragma unroll
-  for (int m = 0; m < D / 16; ++m) {
-    const int row = 32 * (m / 4) + m % 4, n = m + D / 16;
-    const float4 low{S[m][0], S[m][1], S[m][2], S[m][3]}, high{S[n][0], S[n][1], S[n][2], S[n][3]};
-    store4(to + (odd ? apart : 0) + row * D, odd ? high : low);
-    store4(to + (odd ? 0 : apart) + row * D, odd ? low : high);
-  }
-}
-
 template <bool kFused, int D, bool kVFirst, class State>
 KL_DEVICE void run_stepper(Ring<D, kVFirst, State>& ring, const StepParams& p, int warp) {
   using R = Ring<D, kVFirst, State>;
   const Place<kVFirst> at;
-  const int h = warp * 16 / D, v0 = warp * 16 % D, v = v0 + 4 * at.vg;
-  const int tile = kVFirst ? h * D * D + v0 * D : 2 * h * R::kApart + v0;
+  const int h = warp * 16 / D, v = warp * 16 % D + 4 * at.vg;
   Turn<kStages> stage;
   for (Turn<R::kSlots> turn;; turn.next()) {
     mbarrier_wait(smem_address(&ring.loaded[turn.place]), turn.phase);
     const int item = ring.item[turn.place];
     if (item >= 0) {
       const SequenceWork work = ring.work[turn.place];
-      const int head = item % (p.Hv / R::kHeads) * R::kHeads + h;
+      const int head = first_head(p, R::kHeads, item) + h;
       LaneState<D, 4> S = {};
-      if (work.slot >= 0) {
-        if constexpr (kVFirst)
-          load_tile<D, 4, true>(S, ring.state[turn.place] + tile, D);
-        else
-          load_halves<D>(S, ring.state[turn.place] + tile, R::kApart);
-      }
+      if (work.slot >= 0) load_lanes(S, ring.states[turn.place], warp);
       for (int64_t row = work.begin; row < work.end; ++row, stage.next()) {
         mbarrier_wait(smem_address(&ring.ready[stage.place]), stage.phase);
         Operands<D>& operands = ring.operands[stage.place][h];
@@ -340,10 +248,7 @@ KL_DEVICE void run_stepper(Ring<D, kVFirst, State>& ring, const StepParams& p, i
         }
       }
       if (work.slot_out >= 0) {
-        if constexpr (kVFirst)
-          store_tile<D, 4, true>(S, ring.state[turn.place] + tile, D);
-        else
-          store_halves<D>(S, ring.state[turn.place] + tile, R::kApart);
+        store_lanes(S, ring.states[turn.place], warp);
         fence_proxy_async();
       }
     }
@@ -415,10 +320,6 @@ void launch_variant(const Ctx& ctx, const KdaArgs& a, const FusedParams& f) {
     a.state_v_first ? with_type.template operator()<64, true>() : with_type.template operator()<64, false>();
 }
 
-Conv conv_params(const StepConv& conv) {
-  return {conv.weight.ptr<float>(), conv.state.ptr<float>(), conv.state.stride[0]};
-}
-
 }  // namespace
 
 bool kda_decode_pipeline_takes(const KdaArgs& a) {
@@ -455,14 +356,12 @@ bool kda_step_takes(const KdaStepArgs& a) {
          in_fours(a.out_gate) && in_fours(a.norm_weight);
 }
 
+void kda_step_pipeline(const Ctx& ctx, const KdaStepArgs& a) {
+  launch_variant<true>(ctx, a.kda, fused_params(a));
+}
+
 void kda_step(const Ctx& ctx, const KdaStepArgs& a) {
-  launch_variant<true>(ctx, a.kda,
-                       {.q = conv_params(a.q),
-                        .k = conv_params(a.k),
-                        .v = conv_params(a.v),
-                        .out_gate = operand(a.out_gate),
-                        .norm_weight = a.norm_weight.ptr<float>(),
-                        .norm_eps = a.norm_eps});
+  !a.kda.batch_invariant&& kda_step_tiles_pays(a) ? kda_step_tiles(ctx, a) : kda_step_pipeline(ctx, a);
 }
 
 }  // namespace kl::cuda

@@ -1,53 +1,30 @@
 // Replay decode on CUDA: the tiles of kda_decode.cu, with states that are only read until a ring is full.
+// What kda_replay() runs where the pipelined kernel does not fit (kda_replay_pipeline.cu), and for few
+// sequences.
 //
 // A block of four warps owns 64 value channels of one (sequence, value head). Its threads prepare a channel
 // each: the token's key and query under the decay since the state was written, and every record's key under
-// the decay since its own token (`replayed`). Their products c_j with the token's key and d_j with its query
-// turn the records' share of u and y into L multiplications a value channel, which the eight lanes of a value
-// group take by turns. The state itself is needed for the two products only, unless it is written anew.
+// the decay since its own token.
 #include <algorithm>
 
 #include "cuda/launch.h"
 #include "ops/kda/kda_cuda.h"
-#include "ops/kda/kda_tile.cuh"
+#include "ops/kda/kda_replay_tile.cuh"
 
 namespace kl::cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kWidth = 16 * kWarps,
-              kRecords = static_cast<int>(kMostRecords);
-constexpr float kLog2e = 1.44269504f, kLeastDecay = -150.f;
-
-struct ReplayParams {
-  float *keys, *decays, *deltas;  // [slots, Hv, L, K], [slots, Hv, L, V]
-  const int32_t* fill;
-  int L;
-};
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kWidth = 16 * kWarps;
 
 template <int K>
 struct Shared {
   Channels<K> channels;                  // k and q under the decay since the state was written; a: that decay
   float replayed[kRecords][K];           // keys of the records under the decay since their own tokens
-  alignas(16) float key[K];              // the token's normalised key
-  float products[kWarps][2 * kRecords];  // the warps' parts of c_j, then of d_j
+  float products[kWarps][2 * kRecords];  // the warps' parts of the products with k, then with q
   float kk[kWarps], qq[kWarps], kq[kWarps];
 };
 
 KL_DEVICE float sum_of_warps(const float* x) { return x[0] + x[1] + x[2] + x[3]; }
-
-// x[i] of all lanes summed, in lane i: 31 exchanges instead of 160.
-KL_DEVICE float transposed_sum(float (&x)[32]) {
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) {
-    const bool upper = threadIdx.x % 32 & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-      x[i] = kept + __shfl_xor_sync(0xffffffffu, sent, half);
-    }
-  }
-  return x[0];
-}
 
 template <int K, bool kVFirst>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -59,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int n = first_sequence + blockIdx.z, head = blockIdx.y, warp = threadIdx.x / 32;
   const int v0 = blockIdx.x * kWidth + warp * 16, v = v0 + 4 * at.vg, c = threadIdx.x;
   const int slot = p.slot[n], fill = slot >= 0 ? r.fill[n] : 0;
-  const int64_t record = (static_cast<int64_t>(slot) * p.Hv + head) * r.L;  // the first of the ring
+  const int64_t record = first_record(p, r, slot, head);
   const bool mine = c < K;  // a thread past K prepares nothing
 
   // All loads are issued before the first value is used.
@@ -77,10 +54,10 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int j = 0; j < kRecords; ++j)
       if (j < fill) keys[j] = r.keys[(record + j) * K + c], decays[j] = r.decays[(record + j) * K + c];
-  const float written =
-      mine && fill > 0 ? r.decays[(record + fill - 1) * K + c] : 0.f;  // G of the last record
+  const float written = mine && fill > 0 ? r.decays[(record + fill - 1) * K + c] : 0.f;
   float* const tile = static_cast<float*>(p.state) + slot * p.slot_stride + head * p.head_stride +
-                      v0 * (kVFirst ? p.row_stride : 1);
+                      v0 * (kVFirst ? p.row_stride : 1) +
+                      first_element<4, kVFirst>(static_cast<int>(p.row_stride));
   LaneState<K, 4> S = {};
   if (slot >= 0) load_tile<K, 4, kVFirst>(S, tile, static_cast<int>(p.row_stride));
   float4 delta_of[2] = {};  // records kg and kg + 8
@@ -90,10 +67,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   // A channel of the token and of every record.
   const float k = mine ? value_of(p.k, raw_k) : 0.f, q = mine ? value_of(p.q, raw_q) : 0.f;
-  const float log2_decay =
-      log_decay(p.gate, expf(A_log), (mine ? value_of(p.g, raw_g) : 0.f) + bias) * kLog2e;
-  float G = log2_decay < kLeastDecay ? kLeastDecay : log2_decay;  // NaN stays NaN
-  G += written;
+  const float G = summed_decay(p.gate, expf(A_log), (mine ? value_of(p.g, raw_g) : 0.f) + bias, written);
   float products[2 * kRecords];
 #pragma unroll
   for (int j = 0; j < kRecords; ++j) {
@@ -112,38 +86,17 @@ __global__ void __launch_bounds__(kThreads, 3)
   const Scales scales =
       scales_of(sum_of_warps(s.kk), sum_of_warps(s.qq), sum_of_warps(s.kq), p.l2norm, p.l2_eps, p.scale);
 
-  float u[4] = {}, y[4] = {};
-#pragma unroll
-  for (int m = 0; m < K / 32; ++m) {
-    float ck[4], cq[4];
-    load_channels(ck, s.channels.k, 32 * m + 4 * at.kg);
-    load_channels(cq, s.channels.q, 32 * m + 4 * at.kg);
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        u[e] = fmaf(S[4 * m + j][e], ck[j], u[e]);
-        y[e] = fmaf(S[4 * m + j][e], cq[j], y[e]);
-      }
-  }
+  float u[4] = {}, y[4] = {}, values[4], delta[4], o[4];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int j = at.kg + 8 * i;
-    const float with_k = s.products[0][j] + s.products[1][j] + s.products[2][j] + s.products[3][j];
-    const float with_q = s.products[0][kRecords + j] + s.products[1][kRecords + j] +
-                         s.products[2][kRecords + j] + s.products[3][kRecords + j];
-    const float d[4] = {delta_of[i].x, delta_of[i].y, delta_of[i].z, delta_of[i].w};
-#pragma unroll
-    for (int e = 0; e < 4; ++e) u[e] = fmaf(with_k, d[e], u[e]), y[e] = fmaf(with_q, d[e], y[e]);
+    const int j = at.kg + 8 * i, with_q = kRecords + j;
+    add_record(u, y, s.products[0][j] + s.products[1][j] + s.products[2][j] + s.products[3][j],
+               s.products[0][with_q] + s.products[1][with_q] + s.products[2][with_q] + s.products[3][with_q],
+               delta_of[i]);
   }
-  float values[4], delta[4], o[4];
   values_of(values, p.v, raw_v);
-  const float beta = write_strength(p.beta_kind, value_of(p.beta, raw_beta));
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    delta[e] = beta * (values[e] - scales.k * lanes_sum<Place<kVFirst>::kSameVg>(u[e]));
-    o[e] = fmaf(scales.kq, delta[e], scales.q * lanes_sum<Place<kVFirst>::kSameVg>(y[e]));
-  }
+  replay_step<K, kVFirst>(o, delta, u, y, S, s.channels, scales, values,
+                          write_strength(p.beta_kind, value_of(p.beta, raw_beta)));
   if (at.kg == 0) store_run<true>(p.out, offset_of(p.out, n, head) + v, o, 4);
   if (slot < 0) return;
 
@@ -155,33 +108,14 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   if (fill + 1 < r.L) return;
 
-  // The ring is full: all records and this step go into the state.
-  if (mine) s.key[c] = k * scales.k;
+  if (mine) s.replayed[fill][c] = k * scales.k;
   __syncthreads();  // the key becomes visible
-#pragma unroll
-  for (int m = 0; m < K / 8; ++m) {
-    const float decay = s.channels.a[32 * (m / 4) + 4 * at.kg + m % 4];
-#pragma unroll
-    for (int e = 0; e < 4; ++e) S[m][e] *= decay;
-  }
-  for (int j = 0; j <= fill; ++j) {
-    float d[4] = {delta[0], delta[1], delta[2], delta[3]};
-    if (j < fill) load_channels(d, r.deltas + (record + j) * p.V, v);
-#pragma unroll
-    for (int m = 0; m < K / 32; ++m) {
-      float key[4];
-      load_channels(key, j < fill ? s.replayed[j] : s.key, 32 * m + 4 * at.kg);
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) S[4 * m + i][e] = fmaf(key[i], d[e], S[4 * m + i][e]);
-    }
-  }
+  fold<K, kVFirst>(S, s.channels.a, s.replayed, r.deltas + record * p.V + v, p.V, fill, delta);
   store_tile<K, 4, kVFirst>(S, tile, static_cast<int>(p.row_stride));
 }
 
 template <int K>
-void launch_replay(const Ctx& ctx, const KdaReplayArgs& a, const StepParams& p, const ReplayParams& r) {
+void launch_replay(const Ctx& ctx, const KdaReplayArgs& a, const StepParams& p) {
   constexpr int kMostSequences = 65535;  // of a launch, by the limit on grid.z
   for (int first = 0; first < p.N; first += kMostSequences) {
     const LaunchConfig config{.grid = dim3(static_cast<unsigned>(p.V / kWidth), static_cast<unsigned>(p.Hv),
@@ -189,23 +123,27 @@ void launch_replay(const Ctx& ctx, const KdaReplayArgs& a, const StepParams& p, 
                               .block = dim3(kThreads),
                               .stream = static_cast<cudaStream_t>(ctx.stream),
                               .overlap_previous = true};
-    launch(a.kda.state_v_first ? kda_replay_kernel<K, true> : kda_replay_kernel<K, false>, config, p, r,
-           first);
+    launch(a.kda.state_v_first ? kda_replay_kernel<K, true> : kda_replay_kernel<K, false>, config, p,
+           replay_params(a), first);
   }
 }
 
 }  // namespace
 
-void kda_replay(const Ctx& ctx, const KdaReplayArgs& a) {
+void kda_replay_tiles(const Ctx& ctx, const KdaReplayArgs& a) {
   const StepParams p = step_params(a.kda);
   bool fours = in_fours(a.kda.state) && a.kda.state.stride[2] < (1 << 20);
   for (const Tensor* t : {&a.kda.v, &a.kda.out, &a.deltas}) fours = fours && in_fours(*t);
   KL_CHECK((p.K == 64 || p.K == 128) && p.V % kWidth == 0 && p.Hv <= 65535 && fours,
            "kda_replay: expected K of 64 or 128, V a multiple of ", kWidth,
            ", rows aligned to four elements; found K = ", p.K, ", V = ", p.V);
-  const ReplayParams r{a.keys.ptr<float>(), a.decays.ptr<float>(), a.deltas.ptr<float>(),
-                       a.fill.ptr<int32_t>(), static_cast<int>(a.keys.size(2))};
-  p.K == 64 ? launch_replay<64>(ctx, a, p, r) : launch_replay<128>(ctx, a, p, r);
+  p.K == 64 ? launch_replay<64>(ctx, a, p) : launch_replay<128>(ctx, a, p);
+}
+
+void kda_replay(const Ctx& ctx, const KdaReplayArgs& a) {
+  // The two add up in different orders, so a choice by the batch would show in the bits.
+  !a.kda.batch_invariant&& kda_replay_pipeline_pays(a) ? kda_replay_pipeline(ctx, a)
+                                                       : kda_replay_tiles(ctx, a);
 }
 
 }  // namespace kl::cuda

@@ -10,6 +10,7 @@
 #include "testing/random.h"
 #ifdef KL_CUDA
 #include "cuda/memory.h"
+#include "ops/kda/kda_cuda.h"
 #endif
 
 namespace kl {
@@ -151,7 +152,8 @@ OwnedTensor as_f32(const Tensor& t) {
   return copy;
 }
 
-void expect_right_on_gpu(int64_t N, int64_t H, int64_t D, bool v_first, DType rows_type, DType state_type) {
+void expect_right_on_gpu(void (*step)(const Ctx&, const KdaStepArgs&), int64_t N, int64_t H, int64_t D,
+                         bool v_first, DType rows_type, DType state_type) {
   SCOPED_TRACE(cat(N, " sequences, ", H, " heads of ", D, v_first ? ", V first, " : ", ", name_of(rows_type),
                    " rows, ", name_of(state_type), " states"));
   testing::Random random(static_cast<uint64_t>(N * H + D));
@@ -166,7 +168,7 @@ void expect_right_on_gpu(int64_t N, int64_t H, int64_t D, bool v_first, DType ro
   });
   Ctx ctx;
   ctx.device = Device::cuda;
-  kda_step(ctx, device_args);
+  step(ctx, device_args);
   const auto back = [](const Tensor& t) { return cuda::to_host(t); };
   const OwnedTensor out = back(device_args.kda.out), state = back(device_args.kda.state);
   const OwnedTensor q = back(device_args.q.state), k = back(device_args.k.state),
@@ -188,14 +190,16 @@ void expect_right_on_gpu(int64_t N, int64_t H, int64_t D, bool v_first, DType ro
 TEST(KdaStepCuda, BesideTheDefinition) {
   if (!cuda::device_present()) GTEST_SKIP() << "no CUDA device";
   if (cuda::current_device().arch < 90) GTEST_SKIP() << "the fused step needs sm_90";
-  for (const int64_t D : {64, 128})
-    for (const bool v_first : {false, true})
-      for (const DType rows : {DType::f32, DType::bf16})
-        for (const DType state : {DType::f32, DType::bf16}) {
-          expect_right_on_gpu(1, 2, D, v_first, rows, state);
-          expect_right_on_gpu(70, 8, D, v_first, rows, state);
+  for (const bool v_first : {false, true})
+    for (const DType rows : {DType::f32, DType::bf16})
+      for (const DType state : {DType::f32, DType::bf16}) {
+        for (const int64_t D : {64, 128}) {
+          expect_right_on_gpu(cuda::kda_step_pipeline, 1, 2, D, v_first, rows, state);
+          expect_right_on_gpu(cuda::kda_step, 70, 8, D, v_first, rows, state);
         }
-  expect_right_on_gpu(0, 2, 128, false, DType::f32, DType::f32);
+        expect_right_on_gpu(cuda::kda_step_tiles, 9, 3, 128, v_first, rows, state);
+      }
+  expect_right_on_gpu(cuda::kda_step, 0, 2, 128, false, DType::f32, DType::f32);
 }
 #endif  // KL_CUDA
 

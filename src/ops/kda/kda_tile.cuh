@@ -26,22 +26,27 @@ struct Place {
 template <int KP, int P>
 using LaneState = float[KP / 8][P];
 
-// Loads or stores the lane's part of a state in memory, global or shared; `tile` is its element (0, 0).
-template <int KP, int P, bool kVFirst, class State>
-KL_DEVICE void load_tile(LaneState<KP, P>& S, const State* tile, int row_stride) {
+// Where the lane's first element stands in the tile.
+template <int P, bool kVFirst>
+KL_DEVICE int first_element(int row_stride) {
   const Place<kVFirst> at;
+  return kVFirst ? P * at.vg * row_stride + 4 * at.kg : 4 * at.kg * row_stride + P * at.vg;
+}
+// Loads or stores the lane's part of a state in memory, global or shared; `first` is its first element.
+template <int KP, int P, bool kVFirst, class State>
+KL_DEVICE void load_tile(LaneState<KP, P>& S, const State* first, int row_stride) {
   if constexpr (kVFirst) {
 #pragma unroll
     for (int c = 0; c < KP / 32; ++c)
 #pragma unroll
       for (int p = 0; p < P; ++p) {
-        const float4 x = load4(tile + (P * at.vg + p) * row_stride + 32 * c + 4 * at.kg);
+        const float4 x = load4(first + p * row_stride + 32 * c);
         S[4 * c][p] = x.x, S[4 * c + 1][p] = x.y, S[4 * c + 2][p] = x.z, S[4 * c + 3][p] = x.w;
       }
   } else {
 #pragma unroll
     for (int m = 0; m < KP / 8; ++m) {
-      const State* from = tile + (32 * (m / 4) + 4 * at.kg + m % 4) * row_stride + P * at.vg;
+      const State* from = first + (32 * (m / 4) + m % 4) * row_stride;
       if constexpr (P == 4) {
         const float4 x = load4(from);
         S[m][0] = x.x, S[m][1] = x.y, S[m][2] = x.z, S[m][3] = x.w;
@@ -53,19 +58,18 @@ KL_DEVICE void load_tile(LaneState<KP, P>& S, const State* tile, int row_stride)
   }
 }
 template <int KP, int P, bool kVFirst, class State>
-KL_DEVICE void store_tile(const LaneState<KP, P>& S, State* tile, int row_stride) {
-  const Place<kVFirst> at;
+KL_DEVICE void store_tile(const LaneState<KP, P>& S, State* first, int row_stride) {
   if constexpr (kVFirst) {
 #pragma unroll
     for (int c = 0; c < KP / 32; ++c)
 #pragma unroll
       for (int p = 0; p < P; ++p)
-        store4(tile + (P * at.vg + p) * row_stride + 32 * c + 4 * at.kg,
+        store4(first + p * row_stride + 32 * c,
                {S[4 * c][p], S[4 * c + 1][p], S[4 * c + 2][p], S[4 * c + 3][p]});
   } else {
 #pragma unroll
     for (int m = 0; m < KP / 8; ++m) {
-      State* to = tile + (32 * (m / 4) + 4 * at.kg + m % 4) * row_stride + P * at.vg;
+      State* to = first + (32 * (m / 4) + m % 4) * row_stride;
       if constexpr (P == 4)
         store4(to, {S[m][0], S[m][1], S[m][2], S[m][3]});
       else
@@ -107,6 +111,34 @@ KL_DEVICE Scales scales_of(float kk, float qq, float kq, bool l2norm, float l2_e
     s.kq = kq * s.k * s.q;
   }
   return s;
+}
+
+// The same, prepared by a block of four warps, a channel a thread.
+constexpr int kTileWarps = 4, kTileThreads = 32 * kTileWarps;
+template <int KP>
+struct Prepared {
+  Channels<KP> channels;
+  alignas(16) float kk[kTileWarps], qq[kTileWarps], kq[kTileWarps];  // the warps' parts of kᵀk, qᵀq, kᵀq
+};
+struct Squares {
+  float kk = 0, qq = 0, kq = 0;  // of the thread's channels
+  KL_DEVICE void add(float k, float q) { kk = fmaf(k, k, kk), qq = fmaf(q, q, qq), kq = fmaf(k, q, kq); }
+};
+template <int KP>
+KL_DEVICE void leave_sums(Prepared<KP>& to, const Squares& squares) {
+  const float kk = warp_sum(squares.kk), qq = warp_sum(squares.qq), kq = warp_sum(squares.kq);
+  if (threadIdx.x % 32 == 0) {
+    const int warp = threadIdx.x / 32;
+    to.kk[warp] = kk, to.qq[warp] = qq, to.kq[warp] = kq;
+  }
+}
+KL_DEVICE float sum_of_four(const float* x) {
+  const float4 four = load4(x);
+  return four.x + four.y + four.z + four.w;
+}
+template <int KP>
+KL_DEVICE Scales scales_of(const Prepared<KP>& x, bool l2norm, float l2_eps, float scale) {
+  return scales_of(sum_of_four(x.kk), sum_of_four(x.qq), sum_of_four(x.kq), l2norm, l2_eps, scale);
 }
 
 // One step of the recurrence on the lane's part of the state; o are the outputs of its P value channels, the
@@ -160,6 +192,7 @@ struct StepParams : PackedStates {
   bool l2norm;
   float l2_eps, scale;
   int K, V, N, Hv, group;  // group: value heads per query/key head
+  int length;              // of each sequence, if all have the same
 };
 inline StepParams step_params(const KdaArgs& a) {
   StepParams p{};
@@ -176,6 +209,7 @@ inline StepParams step_params(const KdaArgs& a) {
   p.beta_kind = a.beta_kind;
   p.l2norm = a.l2norm, p.l2_eps = a.l2_eps;
   p.K = static_cast<int>(a.q.size(2)), p.V = static_cast<int>(a.v.size(2));
+  p.length = p.N > 0 ? static_cast<int>(a.q.size(0) / p.N) : 0;
   p.Hv = static_cast<int>(a.v.size(1));
   p.group = p.Hv / static_cast<int>(a.q.size(1));
   p.scale = a.scale != 0.f ? a.scale : 1.f / sqrtf(static_cast<float>(p.K));
