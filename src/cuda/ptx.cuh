@@ -166,6 +166,21 @@ KL_DEVICE void follow_previous_kernel() {
 KL_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 KL_DEVICE void release_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// ---- Words between blocks: what is written before a release is seen after the acquire that reads it
+// ---------
+
+KL_DEVICE int load_acquire(const int* p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+KL_DEVICE void store_release(int* p, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+KL_DEVICE void add_release(int* p, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
 // ---- mbarrier: arrivals and bytes -------------------------------------------------------------------------
 
 KL_DEVICE void mbarrier_init(uint32_t bar, uint32_t arrivals) {

@@ -13,11 +13,12 @@
 
 namespace kl::cuda {
 
-constexpr int kConsumerWarps = 8;  // of D = 128; D = 64 leaves four without work
 constexpr int kProducers = 7;
 constexpr int kBlockThreads = 32 * (kConsumerWarps + kProducers + 1);
 
-enum class Item : int { value, probe, transition, none };
+// join, none: the end of a block's items, with something left to be joined or not.
+enum class Item : int { value, transition, join, none };
+KL_DEVICE bool is_end(Item item) { return item == Item::join || item == Item::none; }
 
 // What a chunk is, written by the loader.
 struct alignas(16) ChunkInfo {
@@ -60,8 +61,8 @@ struct Ring {
   static constexpr uint32_t kStage = kScratch + kProducers * kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
   static constexpr uint32_t kBarriers = kInfo + kSlots * sizeof(ChunkInfo);  // raw, ready, free [slot]
-  static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [consumer warp] f32
-  static constexpr uint32_t kStopped = kNorms + 4 * kConsumerWarps;          // serial of the item ended early
+  static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [2][consumer warp] f32
+  static constexpr uint32_t kStopped = kNorms + 2 * 4 * kConsumerWarps;      // serial of the item ended early
   static constexpr uint32_t kBytes = kStopped + 16;
   static_assert(kBytes <= 232448 && kSlots > kProducers);
 
@@ -187,51 +188,71 @@ struct Loader {
     }
   }
 
-  // The block's next item. Where sequences are split there is at most one probe and about one value item for
-  // a block, so turns will do; elsewhere blocks take what is next.
-  KL_DEVICE int next_item(int before) const {
-    if (p.progress != nullptr) return before < 0 ? blockIdx.x : before + gridDim.x;
+  // Taking the items of a list in order, each by one block. An item waits only for items of its own list
+  // with smaller numbers and for lists that are taken before: some running block has those, all that it waits
+  // for in turn comes before them, and its loader has sent their chunks before it looks at anything else. So
+  // nobody waits in a circle, however few of the grid's blocks run at a time.
+  KL_DEVICE int take(int* list) const {
     int i = 0;
-    if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item, 1);
+    if (threadIdx.x % 32 == 0) i = atomicAdd(list, 1);
     return __shfl_sync(0xffffffffu, i, 0);
   }
 
-  // First all probes, then all values; in the second kernel the transitions that the probes left open.
-  KL_DEVICE void run(bool second) {
-    const int total = count_segments(p) * p.heads;
+  KL_DEVICE void run() {
     const bool split = p.progress != nullptr;
-    const int items = second || !split ? total : 2 * total;
-    for (int i = next_item(-1); i < items; i = next_item(i)) {
-      const bool value = !second && i >= items - total;
-      const int of_kind = i >= total ? i - total : i, head = of_kind % p.heads;
-      const Segment s = split ? find_segment(p, of_kind / p.heads) : find_by_length(p, of_kind / p.heads);
-      if (value) {
-        load_item(Item::value, s, head, 0, s.chunks);
-      } else if (s.index == 0) {
-        if (threadIdx.x % 32 == 0) p.progress[s.id * p.heads + head] = -1;  // nothing left for anybody
-      } else {
-        const int probed = min(kProbeChunks, s.chunks);
-        if (!second)
-          load_item(Item::probe, s, head, 0, probed);
-        else if (probed < s.chunks && p.progress[s.id * p.heads + head] > 0)
-          load_item(Item::transition, s, head, probed, s.chunks);
+    const int firsts = p.sequences * p.heads;
+    const int later = split ? count_segments(p) * p.heads - firsts : 0;  // not a sequence's first
+    wait_for_previous_kernel();                                          // the counters are cleared
+    bool open;
+    if (p.probes) {
+      const int items = firsts + later;
+      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
+        const Segment s = find_segment(p, i / p.heads);
+        load_item(Item::value, s, i % p.heads, 0, s.chunks);
       }
-      __syncwarp();
+      open = later > 0 && probes_left_open(later);
+      if (open) load_rest(later);
+    } else {
+      // The long ones first: first segments, the others, then transitions, which may end early.
+      const int items = firsts + 2 * later;
+      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
+        const int n = i < firsts ? i : i < firsts + later ? i - firsts : i - firsts - later;
+        const Segment s =
+            i < firsts ? find_first_segment(p, n / p.heads) : find_later_segment(p, n / p.heads);
+        load_item(i < firsts + later ? Item::value : Item::transition, s, n % p.heads, 0, s.chunks);
+      }
+      open = later > 0;
     }
     if (threadIdx.x % 32 != 0) return;
-    const ChunkInfo none{.item = Item::none,
-                         .rows = 0,
-                         .token = 0,
-                         .head = 0,
-                         .sequence = 0,
-                         .segment = 0,
-                         .chunk = 0,
-                         .chunks = 0,
-                         .segment_index = 0,
-                         .segment_count = 0,
-                         .serial = 0,
-                         .checkpoint = -1};
-    for (int w = 0; w < kProducers; ++w) load_chunk(none, 0);  // every producer and the consumers see an end
+    const ChunkInfo end{.item = open ? Item::join : Item::none,
+                        .rows = 0,
+                        .token = 0,
+                        .head = 0,
+                        .sequence = 0,
+                        .segment = 0,
+                        .chunk = 0,
+                        .chunks = 0,
+                        .segment_index = 0,
+                        .segment_count = 0,
+                        .serial = 0,
+                        .checkpoint = -1};
+    for (int w = 0; w < kProducers; ++w) load_chunk(end, 0);  // every producer and the consumers see an end
+  }
+
+  // Waits for all probes: has one not closed its M?
+  KL_DEVICE bool probes_left_open(int probes) const {
+    while (load_acquire(&p.counters->probed) < probes) __nanosleep(100);
+    return __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&p.counters->open), 0) > 0;
+  }
+  // The transitions that the probes left open, from where they stopped.
+  KL_DEVICE void load_rest(int later) {
+    for (int i = take(&p.counters->rest); i < later; i = take(&p.counters->rest)) {
+      const Segment s = find_later_segment(p, i / p.heads);
+      const int head = i % p.heads, probed = min(kProbeChunks, s.chunks);
+      if (probed < s.chunks && load_acquire(p.progress + s.id * p.heads + head) > 0)
+        load_item(Item::transition, s, head, probed, s.chunks);
+      __syncwarp();
+    }
   }
 };
 
