@@ -155,7 +155,24 @@ struct Loader {
     turn.advance(1);
   }
 
+  // What producers read by themselves for an item's first chunks: asked for before the device's blocks ask
+  // for all that their rings can hold, it does not wait for that.
+  KL_DEVICE void prefetch(const Segment& s, int head, int first, int end) const {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const GateParams& gate = p.gate;
+    if (gate.dt_bias != nullptr && lane < D / 8) prefetch_l2(gate.dt_bias + head * gate.dt_stride + 8 * lane);
+    if (gate.A_log != nullptr && lane == 31) prefetch_l2(gate.A_log + head);
+    const int64_t begin = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;
+    const int tokens = static_cast<int>(
+        min(s.length - begin, static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens));
+    const int width = p.beta.is_bf16 ? 2 : 4;
+    for (int i = lane; i < tokens; i += 32)
+      prefetch_l2(static_cast<const char*>(p.beta.data) +
+                  width * offset_of(p.beta, s.begin + begin + i, head));
+  }
+
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
+    prefetch(s, head, first, end);
     if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
@@ -199,6 +216,8 @@ struct Loader {
   }
 
   KL_DEVICE void run() {
+    if (threadIdx.x % 32 == 0)
+      for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.g}) prefetch_tensor_map(map);
     const bool split = p.progress != nullptr;
     const int firsts = p.sequences * p.heads;
     const int later = split ? count_segments(p) * p.heads - firsts : 0;  // not a sequence's first

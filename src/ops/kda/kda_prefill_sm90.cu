@@ -75,7 +75,7 @@ struct Cut {
 // (sequence, head) pairs, of `chunks` chunks each.
 Cut cut_strong(int64_t items, int64_t chunks) {
   const int64_t blocks = current_device().multiprocessors;
-  constexpr int64_t kTurn = 3, kSplit = 6;  // chunks' worth of time: of a turn, of any split at all
+  constexpr int64_t kTurn = 11, kSplit = 8;  // chunks' worth of time: of a turn, of any split at all
   int64_t best = 1, least = INT64_MAX;
   for (int64_t n = 1; n <= 1 + blocks / 4 && (n == 1 || chunks / n >= kMinSegmentChunks); ++n) {
     const int64_t turns = (items * n + blocks - 1) / blocks;
@@ -87,23 +87,35 @@ Cut cut_strong(int64_t items, int64_t chunks) {
 }
 
 // With a weak one a segment takes two items, values and transition, and joining takes time. The first one
-// has no transition, and is made as much longer as lets its blocks end with the others.
-Cut cut_weak(int64_t items, int64_t chunks, int64_t D) {
+// has no transition; where transitions are expected to be long it is made longer, so that its blocks end with
+// the others. `closed`: chunks after which a transition is expected to be closed.
+Cut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
   const int64_t blocks = current_device().multiprocessors, others = blocks - items;
-  // Chunks' worth of time: of any cut at all, of a state that is chained; chunks that are applied in that
-  // time.
-  constexpr int64_t kSplit = 8, kChain = 2, kApplied = 220;
+  // Chunks' worth of time: of any cut, of a state's way through a segment. Chunks that are applied in one's.
+  constexpr int64_t kSplit = 16, kChain = 3, kApplied = 150;
   int64_t least = chunks;
   Cut best;
   for (int64_t n = 2; others > 0 && n <= 1 + blocks / 4; ++n) {
-    const int64_t shares = (2 * items * (n - 1) + others - 1) / others;
-    const int64_t own = (chunks + shares + n - 2) / (shares + n - 1);
-    if (own < kMinSegmentChunks) break;
-    const int64_t chains = (items * (D / kSlab) + blocks - 1) / blocks * (n - 1);
-    const int64_t cost = shares * own + kSplit + kChain * chains + items * (n - 1) * own / kApplied;
-    if (cost < least) best = {.segment_chunks = own, .first_shares = shares}, least = cost;
+    const int64_t later = items * (n - 1);
+    for (int64_t shares = 1; shares <= (2 * later + others - 1) / others; ++shares) {
+      const int64_t own = (chunks + shares + n - 2) / (shares + n - 1), followed = std::min(own, closed);
+      if (own < kMinSegmentChunks) break;
+      int64_t longest = std::max(shares * own, later * (own + followed) / others);
+      if (2 * later > others) longest = std::max(longest, 2 * followed);
+      if (10 * later > 9 * others) longest = std::max(longest, own + followed);
+      const int64_t join =
+          kChain * ((4 * items + blocks - 1) / blocks) * (n - 1) + later * followed / kApplied;
+      if (longest + join + kSplit < least)
+        best = {.segment_chunks = own, .first_shares = shares}, least = longest + join + kSplit;
+    }
   }
   return best;
+}
+// A bounded gate's channels have about a third of the bound; one of softplus with the usual start is slower.
+int64_t expected_to_close(const KdaGate& gate) {
+  if (gate.kind == KdaGateKind::bounded && gate.lower_bound < 0)
+    return static_cast<int64_t>(std::clamp(-6 / gate.lower_bound, 4.f, 4096.f));
+  return 110;
 }
 
 // Where the cuts of a sequence must not depend on the others: by the gate and the heads. With a strong gate
@@ -116,14 +128,14 @@ Cut cut_invariant(int64_t heads, bool strong) {
 }
 
 // Sequences are taken to be of one length; longer ones get more segments.
-Cut cut_sequences(const KdaArgs& a, int64_t T, int64_t N, int64_t heads, int64_t D) {
+Cut cut_sequences(const KdaArgs& a, int64_t T, int64_t N, int64_t heads) {
   if (a.checkpoint_row) return {};  // the states inside a segment are known only where there is no cut
   const bool bounded = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1;
   if (a.batch_invariant) return cut_invariant(heads, bounded);
   const int64_t chunks = (T + kChunkTokens * N - 1) / (kChunkTokens * N);
   // Several sequences that fill the device are of several lengths: taking the longest first evens them out.
   const bool strong = bounded && (N == 1 || N * heads < current_device().multiprocessors);
-  return strong ? cut_strong(N * heads, chunks) : cut_weak(N * heads, chunks, D);
+  return strong ? cut_strong(N * heads, chunks) : cut_weak(N * heads, chunks, expected_to_close(a.gate));
 }
 
 struct Plan {
@@ -134,7 +146,7 @@ struct Plan {
 Plan make_plan(const KdaArgs& a) {
   Plan plan{.T = a.v.size(0), .N = a.cu_seqlens.size(0) - 1, .heads = a.v.size(1), .D = a.q.size(2)};
   if (plan.N == 0) return plan;
-  plan.cut = cut_sequences(a, plan.T, plan.N, plan.heads, plan.D);
+  plan.cut = cut_sequences(a, plan.T, plan.N, plan.heads);
   const int64_t most = max_segments(plan.T, plan.N, plan.cut.segment_chunks);
   if (most > plan.N) plan.segments = most;
   plan.workspace = prefill_workspace(plan.T, plan.N, plan.heads, plan.D, plan.segments);
