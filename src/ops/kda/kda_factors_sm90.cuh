@@ -155,8 +155,7 @@ class Producer {
     } else {
       ldmatrix_x4_trans(raw.x, block<R::kPanelBytes>(ring.slot(slot) + R::kWrite, step));
     }
-    if (bias != nullptr)
-      raw.bias[0] = __ldg(bias + 16 * step + g), raw.bias[1] = __ldg(bias + 16 * step + g + 8);
+    if (bias != nullptr) raw.bias[0] = bias[16 * step + g], raw.bias[1] = bias[16 * step + g + 8];
   }
   template <bool kFull>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
@@ -279,7 +278,9 @@ class Producer {
     // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
     const float least_decay = p.l2norm ? 0x1p-118f : 0x1p-100f;
     const GateForm form = gate_form(p.gate, head);
-    const float* bias = p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
+    // A step's biases are read before its decays take their place.
+    const float* bias = p.bias_in_ring ? ring.decay(slot)
+                        : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 

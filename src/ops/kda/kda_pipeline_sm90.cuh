@@ -54,7 +54,7 @@ struct Ring {
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
   static constexpr uint32_t kGate = kSlots * kSlotBytes;           // [slot] f32 g in panels
-  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: e^Gend
+  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: dt_bias; then e^Gend
   static constexpr uint32_t kRead = kDecay + kSlots * D * 4;       // [slot] A T, 16 x 16 bf16
   static constexpr uint32_t kScratch = kRead + kSlots * 512;
   static constexpr uint32_t kScratchBytes = 16 * 20 * 4 + 2 * 512;           // [producer]
@@ -135,7 +135,11 @@ struct Loader {
       const bool value = info.item == Item::value;
       const int token = static_cast<int>(info.token);
       constexpr uint32_t kPanel = R::kPanelBytes, kGateBytes = kGateF32 ? R::kGateBytes : R::kPanels * kPanel;
-      mbarrier_arrive_expect_tx(bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes);
+      mbarrier_arrive_expect_tx(
+          bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes + (p.bias_in_ring ? 4 * D : 0));
+      if (p.bias_in_ring)
+        bulk_load(smem_address(ring.decay(turn.slot)), p.gate.dt_bias + info.head * p.gate.dt_stride, 4 * D,
+                  bar);
 #pragma unroll
       for (int panel = 0; panel < R::kPanels; ++panel) {
         box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
@@ -155,24 +159,7 @@ struct Loader {
     turn.advance(1);
   }
 
-  // What producers read by themselves for an item's first chunks: asked for before the device's blocks ask
-  // for all that their rings can hold, it does not wait for that.
-  KL_DEVICE void prefetch(const Segment& s, int head, int first, int end) const {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const GateParams& gate = p.gate;
-    if (gate.dt_bias != nullptr && lane < D / 8) prefetch_l2(gate.dt_bias + head * gate.dt_stride + 8 * lane);
-    if (gate.A_log != nullptr && lane == 31) prefetch_l2(gate.A_log + head);
-    const int64_t begin = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;
-    const int tokens = static_cast<int>(
-        min(s.length - begin, static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens));
-    const int width = p.beta.is_bf16 ? 2 : 4;
-    for (int i = lane; i < tokens; i += 32)
-      prefetch_l2(static_cast<const char*>(p.beta.data) +
-                  width * offset_of(p.beta, s.begin + begin + i, head));
-  }
-
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    prefetch(s, head, first, end);
     if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
@@ -216,31 +203,36 @@ struct Loader {
   }
 
   KL_DEVICE void run() {
-    if (threadIdx.x % 32 == 0)
-      for (const CUtensorMap* map : {&maps.q, &maps.k, &maps.v, &maps.g}) prefetch_tensor_map(map);
-    const bool split = p.progress != nullptr;
     const int firsts = p.sequences * p.heads;
-    const int later = split ? count_segments(p) * p.heads - firsts : 0;  // not a sequence's first
-    wait_for_previous_kernel();                                          // the counters are cleared
-    bool open;
-    if (p.probes) {
-      const int items = firsts + later;
-      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
-        const Segment s = find_segment(p, i / p.heads);
-        load_item(Item::value, s, i % p.heads, 0, s.chunks);
+    // Items of segments that are not their sequence's first, of one kind.
+    const int later = p.progress != nullptr ? count_segments(p) * p.heads - firsts : 0;
+    int* list = &p.counters->items;
+    int items = p.probes ? firsts + later : firsts + 2 * later;
+    bool rest = false, open = !p.probes && later > 0;
+    wait_for_previous_kernel();  // the counters are cleared
+    for (;;) {
+      int i = take(list);
+      if (i >= items) {
+        if (rest || !p.probes || later == 0 || !probes_left_open(later)) break;
+        // Then the transitions that the probes left open, from where they stopped.
+        rest = open = true, list = &p.counters->rest, items = later;
+        continue;
       }
-      open = later > 0 && probes_left_open(later);
-      if (open) load_rest(later);
-    } else {
-      // The long ones first: first segments, the others, then transitions, which may end early.
-      const int items = firsts + 2 * later;
-      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
-        const int n = i < firsts ? i : i < firsts + later ? i - firsts : i - firsts - later;
-        const Segment s =
-            i < firsts ? find_first_segment(p, n / p.heads) : find_later_segment(p, n / p.heads);
-        load_item(i < firsts + later ? Item::value : Item::transition, s, n % p.heads, 0, s.chunks);
+      Among among = rest ? Among::later : Among::all;
+      bool value = !rest;
+      if (!p.probes) {  // the long ones first: first segments, the others, then transitions
+        among = i < firsts ? Among::first : Among::later;
+        value = i < firsts + later;
+        if (i >= firsts) i -= value ? firsts : firsts + later;
       }
-      open = later > 0;
+      const int head = i % p.heads, number = i / p.heads;
+      const Segment s =
+          find_segment(p, among, among == Among::first ? sequence_by_length(p, number) : number);
+      const int begin = rest ? min(kProbeChunks, s.chunks) : 0;
+      const bool closed = rest && load_acquire(p.progress + s.id * p.heads + head) < 0;
+      if (begin < s.chunks && !closed)
+        load_item(value ? Item::value : Item::transition, s, head, begin, s.chunks);
+      __syncwarp();
     }
     if (threadIdx.x % 32 != 0) return;
     const ChunkInfo end{.item = open ? Item::join : Item::none,
@@ -262,16 +254,6 @@ struct Loader {
   KL_DEVICE bool probes_left_open(int probes) const {
     while (load_acquire(&p.counters->probed) < probes) __nanosleep(100);
     return __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&p.counters->open), 0) > 0;
-  }
-  // The transitions that the probes left open, from where they stopped.
-  KL_DEVICE void load_rest(int later) {
-    for (int i = take(&p.counters->rest); i < later; i = take(&p.counters->rest)) {
-      const Segment s = find_later_segment(p, i / p.heads);
-      const int head = i % p.heads, probed = min(kProbeChunks, s.chunks);
-      if (probed < s.chunks && load_acquire(p.progress + s.id * p.heads + head) > 0)
-        load_item(Item::transition, s, head, probed, s.chunks);
-      __syncwarp();
-    }
   }
 };
 

@@ -183,6 +183,9 @@ PrefillParams make_params(const KdaArgs& a, const Plan& plan) {
           .scale = a.scale != 0 ? a.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(plan.D))),
           .segment_chunks = static_cast<int>(plan.cut.segment_chunks),
           .first_shares = static_cast<int>(plan.cut.first_shares),
+          .bias_in_ring = a.gate.dt_bias && a.gate.kind != KdaGateKind::log_decay &&
+                          reinterpret_cast<uintptr_t>(a.gate.dt_bias.data) % 16 == 0 &&
+                          a.gate.dt_bias.stride[0] % 4 == 0,
           .probes = plan.segments > 0 && plan.cut.probes,
           .counters = reinterpret_cast<PrefillCounters*>(memory),
           .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
