@@ -97,6 +97,10 @@ KL_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+KL_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Matrix fragments -------------------------------------------------------------------------------------
 
@@ -165,6 +169,21 @@ KL_DEVICE void follow_previous_kernel() {
 
 KL_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 KL_DEVICE void release_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// ---- Words between blocks: what is written before a release is seen after the acquire that reads it
+// ---------
+
+KL_DEVICE int load_acquire(const int* p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
+KL_DEVICE void store_release(int* p, int x) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+KL_DEVICE void add_release(int* p, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
 
 // ---- mbarrier: arrivals and bytes -------------------------------------------------------------------------
 

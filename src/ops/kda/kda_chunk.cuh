@@ -1,5 +1,5 @@
 // The Hopper prefill's division of labour: chunks, segments of a sequence, the workspace, and the parameters
-// that its kernels share. No arithmetic of KDA.
+// that its parts share. No arithmetic of KDA.
 //
 // A sequence is cut into chunks of 16 tokens, counted from its start. With few heads its chunks are also cut
 // into segments that are worked on at the same time:
@@ -9,8 +9,12 @@
 // A "value" item runs the recurrence of one (segment, head) from a zero state: it yields C and o. A
 // "transition" item runs the same recurrence on the columns of the identity, with v = 0: it yields M and, as
 // its outputs, the effective queries qt. Once the Frobenius norm of M has fallen under kNegligible what it
-// would still contribute is under the rounding of f32, whatever the gates, keys and strengths, and the item
-// ends: with strong gates after its first chunks (the probe), with weak ones never.
+// would still contribute is under the rounding of f32, whatever the gates, keys and strengths: M is closed.
+//
+// Where gates are expected to close M soon (PrefillParams::probes), a value item first runs its segment's
+// transition over its own first chunks. If that closes M, the state after the segment is C, and the segment
+// behind it takes C and adds its share to its outputs by itself. Elsewhere transitions are items beside the
+// values. Whatever is left when both are done is joined: states first, then outputs (kda_segments_sm90.cuh).
 #pragma once
 
 #include "base/tensor.h"
@@ -19,10 +23,17 @@
 namespace kl::cuda {
 
 constexpr int kChunkTokens = 16;
-constexpr int kMinSegmentChunks = 8;
+constexpr int kMinSegmentChunks = 4;
 constexpr int kMostSegments = 256;       // of a sequence, however uneven the batch is
-constexpr int kProbeChunks = 4;          // of a transition item before anybody asks whether it may end
+constexpr int kProbeChunks = 4;          // that a value item follows its segment's transition for
 constexpr float kNegligible = 0x1p-24f;  // of the norm of M
+constexpr int kConsumerWarps = 8;        // of D = 128; D = 64 leaves four without work
+
+// What blocks tell each other; zero when they start.
+struct PrefillCounters {
+  int items, rest, chains;  // of each list: how many have been taken
+  int probed, open;         // probes that are over, and those that did not close their M
+};
 
 struct PrefillParams {
   Operand q, k, v, g, beta, out;
@@ -38,31 +49,42 @@ struct PrefillParams {
   KdaBeta beta_kind;
   bool l2norm;
   float l2_eps, scale;
-  int segment_chunks;  // a sequence of n chunks has ceil(n / segment_chunks) segments, up to kMostSegments
+  int segment_chunks;  // of a segment; a sequence has up to kMostSegments
+  int first_shares;    // a sequence's first segment is this many times as long: it has no transition
+  bool bias_in_ring;   // dt_bias comes with the chunks
+  bool probes;         // value items look by themselves whether their transition is negligible
 
-  // Workspace; all but `next_item` null where no sequence can have two segments.
-  int* next_item;  // zero before the kernel, where no sequence can have two segments
-  int*
-      progress;  // [segments, heads] chunks with qt written, negated once M is negligible or nobody's concern
+  // Workspace; all but `counters` null where no sequence can have two segments. Up to `carried` it is
+  // cleared.
+  PrefillCounters* counters;
+  // [segments, heads] chunks with qt written, negated once M is closed; 0: not known yet. Of a probe that
+  // left M open it is the probe's, until somebody has followed M to its end.
+  int* progress;
+  int* ready;      // [segments, heads, kConsumerWarps] Ready of a value item's rows
+  int* chained;    // [sequences, heads] value channels whose states are all known
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
   void* queries;      // [T, heads, D] bf16, qt
 };
 
+// A warp's rows of C are in `carried`; is C the state after the segment?
+enum Ready : int { kNotReady, kPart, kState };
+
 // What the workspace holds, in bytes from its start.
 struct PrefillWorkspace {
-  int64_t progress, carried, transition, queries, total;
+  int64_t progress, ready, chained, carried, transition, queries, total;
 };
 inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks) {
   return N + (T / kChunkTokens + N) / segment_chunks;
 }
-inline PrefillWorkspace prefill_workspace(int64_t T, int64_t heads, int64_t D, int64_t segments) {
+inline PrefillWorkspace prefill_workspace(int64_t T, int64_t N, int64_t heads, int64_t D, int64_t segments) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   PrefillWorkspace w{};
-  w.progress = 256;
-  w.total = 256;
+  w.progress = w.carried = w.total = aligned(sizeof(PrefillCounters));
   if (segments == 0) return w;  // no split
-  w.carried = w.progress + aligned(4 * segments * heads);
+  w.ready = w.progress + aligned(4 * segments * heads);
+  w.chained = w.ready + 4 * segments * heads * kConsumerWarps;
+  w.carried = aligned(w.chained + 4 * N * heads);
   w.transition = w.carried + 4 * segments * heads * D * D;
   w.queries = w.transition + 4 * segments * heads * D * D;
   w.total = w.queries + aligned(2 * T * heads * D);
@@ -82,80 +104,117 @@ KL_DEVICE int chunks_of(int64_t length) {  // an empty sequence has one chunk wi
   return length > 0 ? static_cast<int>((length + kChunkTokens - 1) / kChunkTokens) : 1;
 }
 KL_DEVICE int segments_of(const PrefillParams& p, int chunks) {
-  return min((chunks + p.segment_chunks - 1) / p.segment_chunks, kMostSegments);
+  const int behind = max(chunks - p.first_shares * p.segment_chunks, 0);
+  return min(1 + (behind + p.segment_chunks - 1) / p.segment_chunks, kMostSegments);
+}
+// The first chunk of a segment; of number `count`, the end of the sequence.
+KL_DEVICE int first_chunk_of(const PrefillParams& p, int chunks, int index, int count) {
+  const int before = index == 0 ? 0 : p.first_shares + index - 1, shares = p.first_shares + count - 1;
+  return chunks / shares * before + chunks % shares * before / shares;
 }
 
-// Lane-parallel walk over the sequences, by a whole warp. Calls f(lane's sequence or -1, begin, length,
-// chunks, segments, segments before it); stops when f returns true for all lanes.
+struct Sequence {
+  int number = -1;  // -1: there is none
+  int64_t begin, length;
+  int chunks, segments;
+  int first_id;  // of its segments
+};
+
+// Lane-parallel walk over the sequences, by a whole warp. Calls f(lane's sequence); stops when it returns
+// true, which it does for all lanes alike.
 template <class F>
 KL_DEVICE void walk_sequences(const PrefillParams& p, F&& f) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   int before = 0;
   for (int n0 = 0; n0 < p.sequences; n0 += 32) {
     const int n = n0 + lane;
-    int64_t begin = 0, length = 0;
-    int chunks = 0, segments = 0;
+    Sequence q{.number = -1, .begin = 0, .length = 0, .chunks = 0, .segments = 0, .first_id = 0};
     if (n < p.sequences) {
-      begin = row_number(p.cu_seqlens, n);
-      length = row_number(p.cu_seqlens, n + 1) - begin;
-      chunks = chunks_of(length);
-      segments = segments_of(p, chunks);
+      q.number = n;
+      q.begin = row_number(p.cu_seqlens, n);
+      q.length = row_number(p.cu_seqlens, n + 1) - q.begin;
+      q.chunks = chunks_of(q.length);
+      q.segments = segments_of(p, q.chunks);
     }
-    int sum = segments;
+    int sum = q.segments;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const int other = __shfl_up_sync(0xffffffffu, sum, step);
       if (lane >= step) sum += other;
     }
-    if (f(n < p.sequences ? n : -1, begin, length, chunks, segments, before + sum - segments)) return;
+    q.first_id = before + sum - q.segments;
+    if (f(q)) return;
     before += __shfl_sync(0xffffffffu, sum, 31);
   }
 }
 
-KL_DEVICE int count_segments(const PrefillParams& p) {  // the same in every lane
+// The same in every lane, as what follows.
+KL_DEVICE int count_segments(const PrefillParams& p) {
   int total = 0;
-  walk_sequences(p, [&](int, int64_t, int64_t, int, int segments, int) {
-    total += static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(segments)));
+  walk_sequences(p, [&](const Sequence& q) {
+    total += static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(q.segments)));
     return false;
   });
   return total;
 }
 
-KL_DEVICE Segment find_segment(const PrefillParams& p, int id) {  // the same in every lane
-  Segment s;
-  walk_sequences(p, [&](int n, int64_t begin, int64_t length, int chunks, int segments, int before) {
-    const bool here = n >= 0 && before <= id && id < before + segments;
-    const unsigned found = __ballot_sync(0xffffffffu, here);
+// The sequence that is(sequence) is true for.
+template <class Is>
+KL_DEVICE Sequence find_sequence(const PrefillParams& p, Is&& is) {
+  Sequence s;
+  walk_sequences(p, [&](const Sequence& q) {
+    const unsigned found = __ballot_sync(0xffffffffu, q.number >= 0 && is(q));
     if (found == 0) return false;
     const int lane = __ffs(static_cast<int>(found)) - 1;
-    s.sequence = __shfl_sync(0xffffffffu, n, lane);
-    s.begin = __shfl_sync(0xffffffffu, begin, lane);
-    s.length = __shfl_sync(0xffffffffu, length, lane);
-    s.count = __shfl_sync(0xffffffffu, segments, lane);
-    s.index = id - __shfl_sync(0xffffffffu, before, lane);
-    s.id = id;
-    const int64_t all = __shfl_sync(0xffffffffu, chunks, lane);
-    s.first_chunk = static_cast<int>(all * s.index / s.count);
-    s.chunks = static_cast<int>(all * (s.index + 1) / s.count) - s.first_chunk;
+    s.number = __shfl_sync(0xffffffffu, q.number, lane);
+    s.begin = __shfl_sync(0xffffffffu, q.begin, lane);
+    s.length = __shfl_sync(0xffffffffu, q.length, lane);
+    s.chunks = __shfl_sync(0xffffffffu, q.chunks, lane);
+    s.segments = __shfl_sync(0xffffffffu, q.segments, lane);
+    s.first_id = __shfl_sync(0xffffffffu, q.first_id, lane);
     return true;
   });
   return s;
 }
+KL_DEVICE Segment segment_of(const PrefillParams& p, const Sequence& q, int index) {
+  const int first = first_chunk_of(p, q.chunks, index, q.segments);
+  return {.sequence = q.number,
+          .index = index,
+          .count = q.segments,
+          .id = q.first_id + index,
+          .first_chunk = first,
+          .chunks = first_chunk_of(p, q.chunks, index + 1, q.segments) - first,
+          .begin = q.begin,
+          .length = q.length};
+}
 
-// Whole sequences, the longest first where a warp can see them all: the last ones to start are short.
-KL_DEVICE Segment find_by_length(const PrefillParams& p, int rank) {
-  if (p.sequences > 32) return find_segment(p, rank);
+// Segments are numbered over all sequences: all of them, the first of each, or those that are not.
+enum class Among : int { all, first, later };
+KL_DEVICE Segment find_segment(const PrefillParams& p, Among among, int number) {
+  const auto first_number = [&](const Sequence& q) {
+    return among == Among::all ? q.first_id : among == Among::first ? q.number : q.first_id - q.number;
+  };
+  const Sequence q = find_sequence(p, [&](const Sequence& x) {
+    const int count = among == Among::all ? x.segments : among == Among::first ? 1 : x.segments - 1;
+    return first_number(x) <= number && number < first_number(x) + count;
+  });
+  return segment_of(p, q, number - first_number(q) + (among == Among::later));
+}
+// The sequence of that rank by length, the longest first, where a warp can see them all: the last ones to
+// start are short.
+KL_DEVICE int sequence_by_length(const PrefillParams& p, int rank) {
+  if (p.sequences > 32) return rank;
   int number = 0;
-  walk_sequences(p, [&](int n, int64_t, int64_t, int chunks, int, int) {
+  walk_sequences(p, [&](const Sequence& q) {
     int before = 0;
     for (int m = 0; m < p.sequences; ++m) {
-      const int other = __shfl_sync(0xffffffffu, chunks, m);
-      before += other > chunks || (other == chunks && m < n);
+      const int other = __shfl_sync(0xffffffffu, q.chunks, m);
+      before += other > q.chunks || (other == q.chunks && m < q.number);
     }
-    number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, n >= 0 && before == rank))) - 1;
+    number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, q.number >= 0 && before == rank))) - 1;
     return true;
   });
-  return find_segment(p, number);
+  return number;
 }
 
 // Where one head's state stands in the pool.
@@ -167,9 +226,5 @@ KL_DEVICE StatePlace state_place(const PrefillParams& p, int slot, int head) {
   return {p.state, offset_of(p.state, slot, head), opaque(p.state_v_first ? int64_t{1} : p.state_row_stride),
           opaque(p.state_v_first ? p.state_row_stride : int64_t{1})};
 }
-
-// The kernels behind kda_prefill_sm90() that make one out of many segments: states before each segment and
-// final states, then what they add to the outputs.
-void chain_segments(const PrefillParams&, int64_t D, int64_t segments, int64_t T, cudaStream_t);
 
 }  // namespace kl::cuda

@@ -43,9 +43,13 @@ KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
 }
 KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
   const float u = exp2_approx(-fabsf(y));
-  // log2(1 + u): where u is small 1 + u would round it away, and slow gates act over a million tokens.
-  const float series = kLog2e * u * fmaf(u, fmaf(u, fmaf(u, -0.25f, 1.f / 3), -0.5f), 1.f);
-  return f.out * (fmaxf(y, 0.f) + (u < 0.0625f ? series : log2_approx(1.f + u)));
+  // log2(1 + u) to 9e-6 of itself, also where u is small: slow gates act over a million tokens.
+  const float ratio =
+      fmaf(u,
+           fmaf(u, fmaf(u, fmaf(u, fmaf(u, -0.0344359055f, 0.146032885f), -0.303036213f), 0.469174057f),
+                -0.720426142f),
+           1.44268286f);
+  return f.out * fmaf(u, ratio, fmaxf(y, 0.f));
 }
 // Elements e / 4 = 0 and 1 have one bias each.
 template <KdaGateKind kKind>
@@ -74,13 +78,15 @@ class Producer {
   KL_DEVICE Producer(const PrefillParams& params, R r, int warp)
       : p(params), ring(r), lane(static_cast<int>(threadIdx.x % 32)), g(lane / 4), t(lane % 4) {
     scratch = reinterpret_cast<float*>(ring.memory + R::kScratch + warp * R::kScratchBytes);
-    // Rows of the sums over a half of the chunk, as a left operand: for token i < 7 minus the sum of tokens
+    // Rows of the sums over a half of the chunk, as left operands: for token i < 7 minus the sum of tokens
     // i + 1 to 7, in row 7 the sum of tokens 0 to 7, for i > 7 the sum of tokens 8 to i. All relative to the
     // middle, so that a steep token does not cost the others their precision.
-    const auto first = [&](int col) { return g == 7 ? 1.f : col > g ? -1.f : 0.f; };
-    const auto second = [&](int col) { return col <= g ? 1.f : 0.f; };
-    sums[0] = pack_bf16(first(2 * t), first(2 * t + 1)), sums[1] = 0;
-    sums[2] = 0, sums[3] = pack_bf16(second(2 * t), second(2 * t + 1));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = 2 * t + i;
+      sums[0][i] = __float_as_uint(g == 7 ? 1.f : token > g ? -1.f : 0.f);
+      sums[1][i] = __float_as_uint(token <= g ? 1.f : 0.f);
+    }
   }
 
   KL_DEVICE void run(int warp) {
@@ -88,7 +94,7 @@ class Producer {
     for (;;) {
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
-      const bool end = info.item == Item::none;
+      const bool end = is_end(info.item);
       if (info.rows == kChunkTokens)
         chunk<true>(turn.slot, info);
       else if (info.rows > 0)
@@ -105,7 +111,7 @@ class Producer {
   const PrefillParams& p;
   R ring;
   int lane, g, t;
-  uint32_t sums[4];
+  uint32_t sums[2][2];  // of each half; for tokens 2t and 2t + 1 of it
   float* scratch;
 
   // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels kApart bytes apart.
@@ -149,8 +155,7 @@ class Producer {
     } else {
       ldmatrix_x4_trans(raw.x, block<R::kPanelBytes>(ring.slot(slot) + R::kWrite, step));
     }
-    if (bias != nullptr)
-      raw.bias[0] = __ldg(bias + 16 * step + g), raw.bias[1] = __ldg(bias + 16 * step + g + 8);
+    if (bias != nullptr) raw.bias[0] = bias[16 * step + g], raw.bias[1] = bias[16 * step + g + 8];
   }
   template <bool kFull>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
@@ -167,17 +172,16 @@ class Producer {
     }
   }
 
-  // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. Each log-decay
-  // goes in as two bf16 terms: 2^-17 of it is lost, without bias.
+  // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. Log-decays are
+  // rounded to 11 bits, without bias. A decayed weight e^G is off by |G| e^G times that, never by more than
+  // 2^-13 of what it is a weight of.
   KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
     float d[2][4] = {};
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const float* y = x + 4 * tile;
-      const uint32_t h0 = pack_bf16(y[0], y[1]), h1 = pack_bf16(y[2], y[3]);
-      mma_bf16(d[tile], sums, h0, h1);
-      mma_bf16(d[tile], sums, pack_bf16(y[0] - low_half(h0), y[1] - high_half(h0)),
-               pack_bf16(y[2] - low_half(h1), y[3] - high_half(h1)));
+      mma_tf32(d[tile], {sums[0][0], 0, sums[0][1], 0}, to_tf32(y[0]), to_tf32(y[1]));
+      mma_tf32(d[tile], {0, sums[1][0], 0, sums[1][1]}, to_tf32(y[2]), to_tf32(y[3]));
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum[e] = d[e / 4][e % 4];
@@ -274,7 +278,9 @@ class Producer {
     // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
     const float least_decay = p.l2norm ? 0x1p-118f : 0x1p-100f;
     const GateForm form = gate_form(p.gate, head);
-    const float* bias = p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
+    // A step's biases are read before its decays take their place.
+    const float* bias = p.bias_in_ring ? ring.decay(slot)
+                        : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 

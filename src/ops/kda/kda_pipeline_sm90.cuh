@@ -13,11 +13,12 @@
 
 namespace kl::cuda {
 
-constexpr int kConsumerWarps = 8;  // of D = 128; D = 64 leaves four without work
 constexpr int kProducers = 7;
 constexpr int kBlockThreads = 32 * (kConsumerWarps + kProducers + 1);
 
-enum class Item : int { value, probe, transition, none };
+// join, none: the end of a block's items, with something left to be joined or not.
+enum class Item : int { value, transition, join, none };
+KL_DEVICE bool is_end(Item item) { return item == Item::join || item == Item::none; }
 
 // What a chunk is, written by the loader.
 struct alignas(16) ChunkInfo {
@@ -53,15 +54,15 @@ struct Ring {
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
   static constexpr uint32_t kGate = kSlots * kSlotBytes;           // [slot] f32 g in panels
-  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: e^Gend
+  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: dt_bias; then e^Gend
   static constexpr uint32_t kRead = kDecay + kSlots * D * 4;       // [slot] A T, 16 x 16 bf16
   static constexpr uint32_t kScratch = kRead + kSlots * 512;
   static constexpr uint32_t kScratchBytes = 16 * 20 * 4 + 2 * 512;           // [producer]
   static constexpr uint32_t kStage = kScratch + kProducers * kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
   static constexpr uint32_t kBarriers = kInfo + kSlots * sizeof(ChunkInfo);  // raw, ready, free [slot]
-  static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [consumer warp] f32
-  static constexpr uint32_t kStopped = kNorms + 4 * kConsumerWarps;          // serial of the item ended early
+  static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [2][consumer warp] f32
+  static constexpr uint32_t kStopped = kNorms + 2 * 4 * kConsumerWarps;      // serial of the item ended early
   static constexpr uint32_t kBytes = kStopped + 16;
   static_assert(kBytes <= 232448 && kSlots > kProducers);
 
@@ -134,7 +135,11 @@ struct Loader {
       const bool value = info.item == Item::value;
       const int token = static_cast<int>(info.token);
       constexpr uint32_t kPanel = R::kPanelBytes, kGateBytes = kGateF32 ? R::kGateBytes : R::kPanels * kPanel;
-      mbarrier_arrive_expect_tx(bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes);
+      mbarrier_arrive_expect_tx(
+          bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes + (p.bias_in_ring ? 4 * D : 0));
+      if (p.bias_in_ring)
+        bulk_load(smem_address(ring.decay(turn.slot)), p.gate.dt_bias + info.head * p.gate.dt_stride, 4 * D,
+                  bar);
 #pragma unroll
       for (int panel = 0; panel < R::kPanels; ++panel) {
         box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
@@ -187,51 +192,68 @@ struct Loader {
     }
   }
 
-  // The block's next item. Where sequences are split there is at most one probe and about one value item for
-  // a block, so turns will do; elsewhere blocks take what is next.
-  KL_DEVICE int next_item(int before) const {
-    if (p.progress != nullptr) return before < 0 ? blockIdx.x : before + gridDim.x;
+  // Taking the items of a list in order, each by one block. An item waits only for items of its own list
+  // with smaller numbers and for lists that are taken before: some running block has those, all that it waits
+  // for in turn comes before them, and its loader has sent their chunks before it looks at anything else. So
+  // nobody waits in a circle, however few of the grid's blocks run at a time.
+  KL_DEVICE int take(int* list) const {
     int i = 0;
-    if (threadIdx.x % 32 == 0) i = atomicAdd(p.next_item, 1);
+    if (threadIdx.x % 32 == 0) i = atomicAdd(list, 1);
     return __shfl_sync(0xffffffffu, i, 0);
   }
 
-  // First all probes, then all values; in the second kernel the transitions that the probes left open.
-  KL_DEVICE void run(bool second) {
-    const int total = count_segments(p) * p.heads;
-    const bool split = p.progress != nullptr;
-    const int items = second || !split ? total : 2 * total;
-    for (int i = next_item(-1); i < items; i = next_item(i)) {
-      const bool value = !second && i >= items - total;
-      const int of_kind = i >= total ? i - total : i, head = of_kind % p.heads;
-      const Segment s = split ? find_segment(p, of_kind / p.heads) : find_by_length(p, of_kind / p.heads);
-      if (value) {
-        load_item(Item::value, s, head, 0, s.chunks);
-      } else if (s.index == 0) {
-        if (threadIdx.x % 32 == 0) p.progress[s.id * p.heads + head] = -1;  // nothing left for anybody
-      } else {
-        const int probed = min(kProbeChunks, s.chunks);
-        if (!second)
-          load_item(Item::probe, s, head, 0, probed);
-        else if (probed < s.chunks && p.progress[s.id * p.heads + head] > 0)
-          load_item(Item::transition, s, head, probed, s.chunks);
+  KL_DEVICE void run() {
+    const int firsts = p.sequences * p.heads;
+    // Items of segments that are not their sequence's first, of one kind.
+    const int later = p.progress != nullptr ? count_segments(p) * p.heads - firsts : 0;
+    int* list = &p.counters->items;
+    int items = p.probes ? firsts + later : firsts + 2 * later;
+    bool rest = false, open = !p.probes && later > 0;
+    wait_for_previous_kernel();  // the counters are cleared
+    for (;;) {
+      int i = take(list);
+      if (i >= items) {
+        if (rest || !p.probes || later == 0 || !probes_left_open(later)) break;
+        // Then the transitions that the probes left open, from where they stopped.
+        rest = open = true, list = &p.counters->rest, items = later;
+        continue;
       }
+      Among among = rest ? Among::later : Among::all;
+      bool value = !rest;
+      if (!p.probes) {  // the long ones first: first segments, the others, then transitions
+        among = i < firsts ? Among::first : Among::later;
+        value = i < firsts + later;
+        if (i >= firsts) i -= value ? firsts : firsts + later;
+      }
+      const int head = i % p.heads, number = i / p.heads;
+      const Segment s =
+          find_segment(p, among, among == Among::first ? sequence_by_length(p, number) : number);
+      const int begin = rest ? min(kProbeChunks, s.chunks) : 0;
+      const bool closed = rest && load_acquire(p.progress + s.id * p.heads + head) < 0;
+      if (begin < s.chunks && !closed)
+        load_item(value ? Item::value : Item::transition, s, head, begin, s.chunks);
       __syncwarp();
     }
     if (threadIdx.x % 32 != 0) return;
-    const ChunkInfo none{.item = Item::none,
-                         .rows = 0,
-                         .token = 0,
-                         .head = 0,
-                         .sequence = 0,
-                         .segment = 0,
-                         .chunk = 0,
-                         .chunks = 0,
-                         .segment_index = 0,
-                         .segment_count = 0,
-                         .serial = 0,
-                         .checkpoint = -1};
-    for (int w = 0; w < kProducers; ++w) load_chunk(none, 0);  // every producer and the consumers see an end
+    const ChunkInfo end{.item = open ? Item::join : Item::none,
+                        .rows = 0,
+                        .token = 0,
+                        .head = 0,
+                        .sequence = 0,
+                        .segment = 0,
+                        .chunk = 0,
+                        .chunks = 0,
+                        .segment_index = 0,
+                        .segment_count = 0,
+                        .serial = 0,
+                        .checkpoint = -1};
+    for (int w = 0; w < kProducers; ++w) load_chunk(end, 0);  // every producer and the consumers see an end
+  }
+
+  // Waits for all probes: has one not closed its M?
+  KL_DEVICE bool probes_left_open(int probes) const {
+    while (load_acquire(&p.counters->probed) < probes) __nanosleep(100);
+    return __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&p.counters->open), 0) > 0;
   }
 };
 

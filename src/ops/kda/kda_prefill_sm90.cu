@@ -2,11 +2,9 @@
 // warps prepare the coming chunks (kda_pipeline_sm90.cuh says how), for K = V = 64 or 128 and bf16 rows.
 // docs/2026-11-23-kda-prefill-hopper.md has the reasons and the measurements.
 #include "cuda/launch.h"
-#include "cuda/reduce.cuh"
-#include "ops/kda/kda_chunk.cuh"
 #include "ops/kda/kda_cuda.h"
 #include "ops/kda/kda_factors_sm90.cuh"
-#include "ops/kda/kda_scan_sm90.cuh"
+#include "ops/kda/kda_items_sm90.cuh"
 
 namespace kl::cuda {
 namespace {
@@ -17,8 +15,7 @@ constexpr int kOtherRegisters = 112;
 
 template <int D, bool kGateF32>
 __global__ void __launch_bounds__(kBlockThreads, 1)
-    prefill_kernel(const __grid_constant__ PrefillParams p, const __grid_constant__ PrefillMaps maps,
-                   const bool second) {
+    prefill_kernel(const __grid_constant__ PrefillParams p, const __grid_constant__ PrefillMaps maps) {
   extern __shared__ __align__(1024) char memory[];
   using R = Ring<D, kGateF32>;
   const R ring{memory};
@@ -35,16 +32,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   }
   __syncthreads();  // the barriers are initialised
   release_next_kernel();
-  if (second) {
-    wait_for_previous_kernel();
-    bool open = false;  // has a probe left a transition open?
-    const int items = count_segments(p) * p.heads;
-    for (int i = static_cast<int>(threadIdx.x); i < items; i += kBlockThreads) open |= p.progress[i] > 0;
-    if (!__syncthreads_or(open)) return;
-  }
   if (warp < kConsumerWarps) {
     registers_increase<kConsumerRegisters>();
-    if (warp < D / 16) Consumer<D, kGateF32>(p, ring, warp).run();
+    if (warp < D / 16 && Consumer<D, kGateF32>(p, ring, warp).run()) Joiner<D, kGateF32>(p, memory).run();
   } else {
     registers_decrease<kOtherRegisters>();
     const int producer = warp - kConsumerWarps;
@@ -61,63 +51,105 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
           break;
       }
     } else {
-      Loader<D, kGateF32>(p, maps, ring).run(second);
+      Loader<D, kGateF32>(p, maps, ring).run();
     }
   }
 }
 
-// Segments of a sequence of `chunks` chunks when there are `items` (sequence, head) pairs. With a strong gate
-// a cut costs next to nothing: as many as make the blocks' turns come out even. With a weak one it doubles
-// the work of the segment behind it: only as many as there are idle multiprocessors for. A wrong guess costs
-// time and nothing else.
-int64_t segments_per_sequence(int64_t items, int64_t chunks, bool strong) {
+// Before prefill_kernel: what blocks tell each other is cleared. Nobody has to wait for it before the first
+// item is taken; and since it begins after its predecessors' end, prefill_kernel does so too.
+__global__ void clear_kernel(int* words, int64_t count) {
+  follow_previous_kernel();
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) words[i] = 0;
+}
+
+// How sequences are cut. A wrong guess of the gate costs time and nothing else.
+struct Cut {
+  int64_t segment_chunks = INT_MAX / 2;
+  int64_t first_shares = 1;
+  bool probes = false;
+};
+
+// With a strong gate a cut costs next to nothing: as many as make the blocks' turns come out even. `items`:
+// (sequence, head) pairs, of `chunks` chunks each.
+Cut cut_strong(int64_t items, int64_t chunks) {
   const int64_t blocks = current_device().multiprocessors;
-  // Two would at best break even: twice the work at twice the width, and the joining of the segments.
-  if (!strong) return blocks / items > 2 ? blocks / items : 1;
-  constexpr int64_t kTurn = 4, kSplit = 12;  // chunks' worth of time: of a turn, of any split at all
+  constexpr int64_t kTurn = 11, kSplit = 8;  // chunks' worth of time: of a turn, of any split at all
   int64_t best = 1, least = INT64_MAX;
   for (int64_t n = 1; n <= 1 + blocks / 4 && (n == 1 || chunks / n >= kMinSegmentChunks); ++n) {
     const int64_t turns = (items * n + blocks - 1) / blocks;
     const int64_t cost = turns * ((chunks + n - 1) / n + kTurn) + (n > 1 ? kSplit : 0);
     if (cost < least) best = n, least = cost;
   }
+  if (best == 1) return {};
+  return {.segment_chunks = std::max<int64_t>(kMinSegmentChunks, (chunks + best - 1) / best), .probes = true};
+}
+
+// With a weak one a segment takes two items, values and transition, and joining takes time. The first one
+// has no transition; where transitions are expected to be long it is made longer, so that its blocks end with
+// the others. `closed`: chunks after which a transition is expected to be closed.
+Cut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
+  const int64_t blocks = current_device().multiprocessors, others = blocks - items;
+  // Chunks' worth of time: of any cut, of a state's way through a segment. Chunks that are applied in one's.
+  constexpr int64_t kSplit = 16, kChain = 3, kApplied = 150;
+  int64_t least = chunks;
+  Cut best;
+  for (int64_t n = 2; others > 0 && n <= 1 + blocks / 4; ++n) {
+    const int64_t later = items * (n - 1);
+    for (int64_t shares = 1; shares <= (2 * later + others - 1) / others; ++shares) {
+      const int64_t own = (chunks + shares + n - 2) / (shares + n - 1), followed = std::min(own, closed);
+      if (own < kMinSegmentChunks) break;
+      int64_t longest = std::max(shares * own, later * (own + followed) / others);
+      if (2 * later > others) longest = std::max(longest, 2 * followed);
+      if (10 * later > 9 * others) longest = std::max(longest, own + followed);
+      const int64_t join =
+          kChain * ((4 * items + blocks - 1) / blocks) * (n - 1) + later * followed / kApplied;
+      if (longest + join + kSplit < least)
+        best = {.segment_chunks = own, .first_shares = shares}, least = longest + join + kSplit;
+    }
+  }
   return best;
 }
-
-// Chunks of a segment where the cuts of a sequence must not depend on the others: by the gate and the heads.
-// With a strong gate 1024 tokens: B1 T8192 H32 gets as many segments as blocks can take at a time. With a
-// weak one the transitions double the work, which pays for few heads and long sequences only.
-int invariant_segment_chunks(int64_t heads, bool strong) {
-  if (strong) return 64;
-  return heads <= 16 ? 256 : INT_MAX / 2;
+// A bounded gate's channels have about a third of the bound; one of softplus with the usual start is slower.
+int64_t expected_to_close(const KdaGate& gate) {
+  if (gate.kind == KdaGateKind::bounded && gate.lower_bound < 0)
+    return static_cast<int64_t>(std::clamp(-6 / gate.lower_bound, 4.f, 4096.f));
+  return 110;
 }
 
-// Chunks of a segment. Sequences are taken to be of one length; longer ones get more segments.
-int segment_chunks(const KdaArgs& a, int64_t T, int64_t N, int64_t heads) {
-  if (a.checkpoint_row)
-    return INT_MAX / 2;  // the states inside a segment are known only where there is no cut
+// Where the cuts of a sequence must not depend on the others: by the gate and the heads. With a strong gate
+// 1024 tokens: B1 T8192 H32 gets as many segments as blocks can take at a time. With a weak one the
+// transitions double the work, which pays for few heads and long sequences only.
+Cut cut_invariant(int64_t heads, bool strong) {
+  if (strong) return {.segment_chunks = 64, .probes = true};
+  if (heads <= 16) return {.segment_chunks = 256};
+  return {};
+}
+
+// Sequences are taken to be of one length; longer ones get more segments.
+Cut cut_sequences(const KdaArgs& a, int64_t T, int64_t N, int64_t heads) {
+  if (a.checkpoint_row) return {};  // the states inside a segment are known only where there is no cut
   const bool bounded = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1;
-  if (a.batch_invariant) return invariant_segment_chunks(heads, bounded);
+  if (a.batch_invariant) return cut_invariant(heads, bounded);
   const int64_t chunks = (T + kChunkTokens * N - 1) / (kChunkTokens * N);
   // Several sequences that fill the device are of several lengths: taking the longest first evens them out.
   const bool strong = bounded && (N == 1 || N * heads < current_device().multiprocessors);
-  const int64_t segments = segments_per_sequence(N * heads, chunks, strong);
-  if (segments < 2) return INT_MAX / 2;
-  return static_cast<int>(std::max<int64_t>(kMinSegmentChunks, (chunks + segments - 1) / segments));
+  return strong ? cut_strong(N * heads, chunks) : cut_weak(N * heads, chunks, expected_to_close(a.gate));
 }
 
 struct Plan {
   int64_t T, N, heads, D, segments = 0;  // segments: at most; 0: every sequence is one
-  int segment_chunks = 0;
+  Cut cut{};
   PrefillWorkspace workspace{};
 };
 Plan make_plan(const KdaArgs& a) {
   Plan plan{.T = a.v.size(0), .N = a.cu_seqlens.size(0) - 1, .heads = a.v.size(1), .D = a.q.size(2)};
   if (plan.N == 0) return plan;
-  plan.segment_chunks = segment_chunks(a, plan.T, plan.N, plan.heads);
-  const int64_t most = max_segments(plan.T, plan.N, plan.segment_chunks);
-  plan.segments = most > plan.N ? most : 0;
-  plan.workspace = prefill_workspace(plan.T, plan.heads, plan.D, plan.segments);
+  plan.cut = cut_sequences(a, plan.T, plan.N, plan.heads);
+  const int64_t most = max_segments(plan.T, plan.N, plan.cut.segment_chunks);
+  if (most > plan.N) plan.segments = most;
+  plan.workspace = prefill_workspace(plan.T, plan.N, plan.heads, plan.D, plan.segments);
   return plan;
 }
 
@@ -149,9 +181,16 @@ PrefillParams make_params(const KdaArgs& a, const Plan& plan) {
           .l2norm = a.l2norm,
           .l2_eps = a.l2_eps,
           .scale = a.scale != 0 ? a.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(plan.D))),
-          .segment_chunks = plan.segment_chunks,
-          .next_item = reinterpret_cast<int*>(memory),
+          .segment_chunks = static_cast<int>(plan.cut.segment_chunks),
+          .first_shares = static_cast<int>(plan.cut.first_shares),
+          .bias_in_ring = a.gate.dt_bias && a.gate.kind != KdaGateKind::log_decay &&
+                          reinterpret_cast<uintptr_t>(a.gate.dt_bias.data) % 16 == 0 &&
+                          a.gate.dt_bias.stride[0] % 4 == 0,
+          .probes = plan.segments > 0 && plan.cut.probes,
+          .counters = reinterpret_cast<PrefillCounters*>(memory),
           .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
+          .ready = reinterpret_cast<int*>(part(plan.workspace.ready)),
+          .chained = reinterpret_cast<int*>(part(plan.workspace.chained)),
           .carried = reinterpret_cast<float*>(part(plan.workspace.carried)),
           .transition = reinterpret_cast<float*>(part(plan.workspace.transition)),
           .queries = part(plan.workspace.queries)};
@@ -159,15 +198,21 @@ PrefillParams make_params(const KdaArgs& a, const Plan& plan) {
 
 template <int D, bool kGateF32>
 void run(const PrefillParams& p, const PrefillMaps& maps, const Plan& plan, cudaStream_t stream) {
-  const int64_t items = std::max(plan.segments, plan.N) * plan.heads;
+  constexpr unsigned kClearThreads = 256;
+  const int64_t words = plan.workspace.carried / 4;
+  const unsigned clearing = static_cast<unsigned>((words + kClearThreads - 1) / kClearThreads);
+  launch(clear_kernel, {.grid = clearing, .block = kClearThreads, .stream = stream, .overlap_previous = true},
+         reinterpret_cast<int*>(p.counters), words);
+  // Of a cut sequence's segments all but the first may take two items.
+  const int64_t items = (plan.segments > 0 ? 2 * plan.segments - plan.N : plan.N) * plan.heads;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));
-  LaunchConfig config{
-      .grid = blocks, .block = kBlockThreads, .smem = Ring<D, kGateF32>::kBytes, .stream = stream};
-  launch(prefill_kernel<D, kGateF32>, config, p, maps, false);
-  if (plan.segments == 0) return;
-  config.overlap_previous = true;
-  launch(prefill_kernel<D, kGateF32>, config, p, maps, true);
-  chain_segments(p, plan.D, plan.segments, plan.T, stream);
+  launch(prefill_kernel<D, kGateF32>,
+         {.grid = blocks,
+          .block = kBlockThreads,
+          .smem = Ring<D, kGateF32>::kBytes,
+          .stream = stream,
+          .overlap_previous = true},
+         p, maps);
 }
 
 bool rows_of_16_bytes(const Tensor& t) {
@@ -201,8 +246,6 @@ void kda_prefill_sm90(const Ctx& ctx, const KdaArgs& a) {
             .v = row_boxes(a.v, kChunkTokens),
             .g = row_boxes(a.g, kChunkTokens)};
   const cudaStream_t stream = static_cast<cudaStream_t>(ctx.stream);
-  if (plan.segments == 0)
-    KL_CUDA_CHECK(cudaMemsetAsync(p.next_item, 0, sizeof(int), stream), "clearing the item counter");
   const bool gate_f32 = a.g.dtype == DType::f32;
   if (plan.D == 128)
     gate_f32 ? run<128, true>(p, maps, plan, stream) : run<128, false>(p, maps, plan, stream);

@@ -1,6 +1,6 @@
-// The consumers of the Hopper prefill: a warpgroup carries 64 value channels of one head's state through the
-// chunks of an item, transposed, as the f32 accumulators of its matrix instructions. Per chunk, with the
-// factors that kda_factors_sm90.cuh names:
+// The arithmetic of the Hopper prefill's consumers: a warpgroup carries 64 value channels of one head's state
+// through a chunk, transposed, as the f32 accumulators of its matrix instructions. With the factors that
+// kda_factors_sm90.cuh names:
 //
 //   [R | O]  = [v | 0]^T + S^T [-k e^G | scale q e^G]^T        64 x 32 x D
 //   O       += R (A T)^T                                       64 x 16 x 16
@@ -15,168 +15,21 @@
 namespace kl::cuda {
 
 template <int D, bool kGateF32>
-class Consumer {
+class Scan {
   using R = Ring<D, kGateF32>;
-  static constexpr int kWarps = D / 16;
 
  public:
-  KL_DEVICE Consumer(const PrefillParams& params, R r, int w)
-      : p(params), ring(r), warp(w), lane(static_cast<int>(threadIdx.x % 32)), g(lane / 4), t(lane % 4) {}
+  KL_DEVICE Scan(R r, int w) : ring(r), warp(w), this_lane(static_cast<int>(threadIdx.x % 32)) {}
 
-  KL_DEVICE void run() {
-    for (;;) {
-      wait();
-      const Item item = ring.info(turn.slot).item;
-      if (item == Item::none) return;
-      if (item == Item::value)
-        run_item<true>();
-      else
-        run_item<false>();
-    }
-  }
-
- private:
-  const PrefillParams& p;
-  R ring;
-  int warp, lane, g, t;
-  Turn<R::kSlots> turn{0};
-
-  KL_DEVICE void wait() { mbarrier_wait(ring.ready(turn.slot), turn.phase); }
-  KL_DEVICE void release() {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.free(turn.slot));
-    turn.advance(1);
-  }
-
+  // The chunk in slot `at`; returns its checkpoint. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
+  // lane's 8 value channels of token lane / 2 belong. last: it may have fewer than 16 tokens. Transitions are
+  // run with the columns of the identity for value channels, and v = 0.
   template <bool kValue>
-  KL_DEVICE void run_item() {
-    const ChunkInfo& first = ring.info(turn.slot);
-    const int serial = first.serial;
-    const int64_t row = first.token + lane / 2;
-    const int v = 16 * warp + 8 * (lane % 2);
-    bf16* out = kValue ? static_cast<bf16*>(p.out.data) + offset_of(p.out, row, first.head) + v
-                       : static_cast<bf16*>(p.queries) + (row * p.heads + first.head) * D + v;
-    const int64_t out_step = kChunkTokens * (kValue ? p.out.token_stride : static_cast<int64_t>(p.heads) * D);
-    float S[D / 2];  // [channel / 8][2 (v / 8) + channel % 2]
-    load_state(first, S);
-    if (first.rows == 0) {  // an empty sequence
-      if (kValue) end_value(first, S);
-      release();
-      return;
-    }
-    int left = first.chunks - first.chunk;
-    for (;;) {
-      const int checkpoint = chunk<kValue>(left == 1, out, S);
-      out += out_step;
-      const ChunkInfo& info = ring.info(turn.slot);
-      const bool last = --left == 0;
-      bool over = last;
-      if (kValue) {
-        if (checkpoint >= 0) store_checkpoints(info, S);
-        if (last) end_value(info, S);
-      } else {
-        over = transition_over(info, S, last);
-      }
-      release();
-      if (over) break;
-      wait();
-    }
-    // Chunks that the loader had sent before it heard that the item is over.
-    for (wait(); ring.info(turn.slot).serial == serial; wait()) release();
-  }
-
-  // ---- States ----
-
-  // Calls f(value channel, key channel, element) for the lane's pairs of neighbouring key channels.
-  template <class F>
-  KL_DEVICE void for_each_pair(float* S, F&& f) const {
-#pragma unroll
-    for (int c = 0; c < D / 8; ++c)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) f(16 * warp + g + 8 * half, 8 * c + 2 * t, S + 4 * c + 2 * half);
-  }
-  KL_DEVICE int64_t matrix(const ChunkInfo& info) const {  // of `carried` and `transition`
-    return (static_cast<int64_t>(info.segment) * p.heads + info.head) * D * D;
-  }
-  KL_DEVICE void store_matrix(float* to, float* S) const {
-    for_each_pair(S, [&](int v, int k, const float* x) {
-      *reinterpret_cast<float2*>(to + v * D + k) = {x[0], x[1]};
-    });
-  }
-  KL_DEVICE void load_state(const ChunkInfo& info, float* S) const {
-    if (info.item == Item::transition) {
-      const float* from = p.transition + matrix(info);
-      for_each_pair(S, [&](int v, int k, float* x) {
-        const float2 two = *reinterpret_cast<const float2*>(from + v * D + k);
-        x[0] = two.x, x[1] = two.y;
-      });
-      return;
-    }
-    if (info.item == Item::probe) {
-      for_each_pair(S, [&](int v, int k, float* x) { x[0] = v == k, x[1] = v == k + 1; });
-      return;
-    }
-    const int slot = info.segment_index == 0 && p.slot != nullptr ? p.slot[info.sequence] : -1;
-    if (slot < 0) {
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) S[i] = 0;
-      return;
-    }
-    const StatePlace place = state_place(p, slot, info.head);
-    for_each_pair(S, [&](int v, int k, float* x) {
-      x[0] = load_element(place.pool, place.base + k * place.k_stride + v * place.v_stride);
-      x[1] = load_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride);
-    });
-  }
-  KL_DEVICE void store_pool(int slot, int head, float* S) const {
-    if (slot < 0) return;
-    const StatePlace place = state_place(p, slot, head);
-    for_each_pair(S, [&](int v, int k, const float* x) {
-      store_element(place.pool, place.base + k * place.k_stride + v * place.v_stride, x[0]);
-      store_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride, x[1]);
-    });
-  }
-  KL_DEVICE void store_checkpoints(const ChunkInfo& info, float* S) const {
-    for (int c = info.checkpoint; c < p.checkpoints && p.checkpoint_row[c] == info.token + info.rows; ++c)
-      store_pool(p.checkpoint_slot[c], info.head, S);
-  }
-  KL_DEVICE void end_value(const ChunkInfo& info, float* S) const {
-    if (info.segment_count > 1)
-      store_matrix(p.carried + matrix(info), S);
-    else if (p.slot != nullptr)
-      store_pool((p.slot_out != nullptr ? p.slot_out : p.slot)[info.sequence], info.head, S);
-  }
-  // After a chunk of a transition: true if nothing of the item is left to do.
-  KL_DEVICE bool transition_over(const ChunkInfo& info, float* S, bool last) const {
-    const int done = info.chunk + 1;
-    if (!last && (info.item == Item::probe || done % 4 != 0)) return false;
-    float sum = 0;
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) sum = fmaf(S[i], S[i], sum);
-    sum = warp_sum(sum);
-    float* norms = reinterpret_cast<float*>(ring.memory + R::kNorms);
-    if (lane == 0) norms[warp] = sum;
-    named_barrier_sync(1, 32 * kWarps);  // all parts of the norm are there
-    float norm = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) norm += norms[w];
-    named_barrier_sync(1, 32 * kWarps);  // ... and have been read
-    const bool negligible = norm <= kNegligible * kNegligible;
-    if (warp == 0 && lane == 0 && (last || negligible)) {
-      p.progress[info.segment * p.heads + info.head] = negligible ? -done : done;
-      if (!last) ring.stopped() = info.serial;
-    }
-    if (last && !negligible) store_matrix(p.transition + matrix(info), S);
-    return last || negligible;
-  }
-
-  // ---- One chunk ----
-
-  // Returns the chunk's checkpoint.
-  template <bool kValue>
-  KL_DEVICE int chunk(bool last, bf16* out, float* S) const {
+  KL_DEVICE int chunk(int at, bool last, bf16* out, float* S) const {
+    // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
+    const int lane = opaque(this_lane), t = lane % 4;
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
-    const int slot = __shfl_sync(0xffffffffu, turn.slot, 0);
+    const int slot = __shfl_sync(0xffffffffu, at, 0);
     const uint32_t base = ring.slot(slot);
     const uint64_t pair = wgmma_matrix(base + R::kPair, 16, 1024, WgmmaLayout::swizzle_128);
     const uint64_t write = wgmma_matrix(base + R::kWrite, R::kPanelBytes, 1024, WgmmaLayout::swizzle_128);
@@ -253,6 +106,10 @@ class Consumer {
     __syncwarp();
     return checkpoint;
   }
+
+ private:
+  R ring;
+  int warp, this_lane;
 };
 
 }  // namespace kl::cuda

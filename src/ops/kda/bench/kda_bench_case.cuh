@@ -32,7 +32,7 @@ __device__ double normal(uint64_t seed, uint64_t i) {
   return sqrt(-2 * log(uniform(seed, 2 * i))) * cospi(2 * uniform(seed, 2 * i + 1));
 }
 
-enum class Fill { normal, equal_rows, alternating, spikes, log_uniform, inverse_softplus };
+enum class Fill { normal, equal_rows, alternating, spikes, stretches, log_uniform, inverse_softplus };
 
 // What x[i] becomes; rows of `row` elements, `per_token` rows a token.
 __device__ double filled(Fill fill, uint64_t seed, int64_t i, double a, double b, int row, int per_token) {
@@ -44,6 +44,8 @@ __device__ double filled(Fill fill, uint64_t seed, int64_t i, double a, double b
     // Half of the channels decay in tokens 0-7 of every 16, the other half in 8-15.
     case Fill::alternating: return (token % 16 < 8) == (channel < row / 2) ? a : b;
     case Fill::spikes: return uniform(seed, i) < b ? a : -0.05 * uniform(seed + 1, i);
+    // Stretches of 700 tokens, other ones in every head.
+    case Fill::stretches: return ((token + 300 * (i / row % per_token)) / 700 % 2 ? a : b) + normal(seed, i);
     case Fill::log_uniform: return log(a + (b - a) * uniform(seed, i));
     case Fill::inverse_softplus: {
       const double dt = exp(log(a) + (log(b) - log(a)) * uniform(seed, i));
@@ -71,7 +73,23 @@ void fill(const Tensor& t, Fill how, uint64_t seed, double a = 0, double b = 1) 
 
 // ---- Cases ----
 
-enum class Gate { bounded, softplus, weak, steep, spikes, infinite, alternating, none };
+// From `shut` on they are not what the kernel expects of their kind: a bounded gate that never decays, or not
+// in stretches, or little; a softplus gate that decays at once, or in stretches.
+enum class Gate {
+  bounded,
+  softplus,
+  weak,
+  steep,
+  spikes,
+  infinite,
+  alternating,
+  none,
+  shut,
+  stretches,
+  mild,
+  strong_softplus,
+  softplus_stretches
+};
 struct Case {
   std::string name;
   std::vector<int64_t> lengths;
@@ -123,15 +141,26 @@ struct Problem {
     switch (c.gate) {
       case Gate::bounded:
       case Gate::weak:
+      case Gate::shut:
+      case Gate::stretches:
+      case Gate::mild:
         fill(A_log.tensor, Fill::log_uniform, seed + 6, 0.5, 2),
             fill(dt_bias.tensor, Fill::normal, seed + 7, 0, 0.5);
         args.gate = {.kind = KdaGateKind::bounded,
                      .A_log = A_log.tensor,
                      .dt_bias = dt_bias.tensor,
-                     .lower_bound = c.gate == Gate::weak ? -0.1f : -5.f};
+                     .lower_bound = c.gate == Gate::weak   ? -0.1f
+                                    : c.gate == Gate::mild ? -1.f
+                                                           : -5.f};
+        if (c.gate == Gate::shut) fill(g.tensor, Fill::normal, seed + 8, -40, 1);
+        if (c.gate == Gate::stretches) fill(g.tensor, Fill::stretches, seed + 8, -40, 0);
         break;
       case Gate::softplus:
+      case Gate::strong_softplus:
+      case Gate::softplus_stretches:
         args.gate = {.kind = KdaGateKind::softplus, .A_log = A_log.tensor, .dt_bias = dt_bias.tensor};
+        if (c.gate == Gate::strong_softplus) fill(g.tensor, Fill::normal, seed + 8, 8, 1);
+        if (c.gate == Gate::softplus_stretches) fill(g.tensor, Fill::stretches, seed + 8, -8, 8);
         break;
       case Gate::steep: fill(g.tensor, Fill::normal, seed + 8, -160, 10); break;
       case Gate::spikes: fill(g.tensor, Fill::spikes, seed + 8, -160, 0.02); break;
@@ -150,8 +179,19 @@ struct Problem {
   }
 };
 const char* name_of(Gate gate) {
-  constexpr const char* names[] = {"bounded -5", "softplus", "weak -0.1",   "-160 a step",
-                                   "spikes",     "-inf",     "alternating", "no decay"};
+  constexpr const char* names[] = {"bounded -5",
+                                   "softplus",
+                                   "weak -0.1",
+                                   "-160 a step",
+                                   "spikes",
+                                   "-inf",
+                                   "alternating",
+                                   "no decay",
+                                   "bounded -5 but shut",
+                                   "bounded -5 in stretches",
+                                   "bounded -1",
+                                   "strong softplus",
+                                   "softplus in stretches"};
   return names[static_cast<int>(gate)];
 }
 

@@ -258,6 +258,19 @@ std::vector<Case> checks() {
       const std::string name = std::string(name_of(gate)) + (H == 4 ? ", split" : ", whole");
       all.push_back({name, {H == 4 ? 4000 : 500}, H, H, 128, gate});
     }
+  // Gates that the guess of their kind is wrong for; more segments than blocks can take at a time.
+  for (const Gate gate :
+       {Gate::shut, Gate::stretches, Gate::mild, Gate::strong_softplus, Gate::softplus_stretches}) {
+    const std::string name = name_of(gate);
+    all.push_back({name, {4000}, 4, 4, 128, gate});
+    all.push_back({name + ", H40", {3000}, 40, 40, 128, gate});
+    all.push_back({name + ", D 64 f32 gate GVA", {2500, 40, 1300}, 3, 6, 64, gate, true});
+    all.push_back({name + ", uneven", {1000, 0, 7000, 130, 1}, 5, 5, 128, gate});
+  }
+  all.push_back({"T 8192 H24 bounded", {8192}, 24, 24, 128, Gate::bounded});
+  all.push_back({"T 1024 H4 bounded", {1024}, 4, 4, 128, Gate::bounded});
+  all.push_back({"T 8192 H12 N4 bounded", {2048, 2048, 2048, 2048}, 12, 12, 128, Gate::bounded});
+  all.push_back({"T 8192 H96 softplus", {8192}, 96, 96, 128, Gate::softplus});
   all.push_back({"lengths 1 16 17 0 15 300 0", {1, 16, 17, 0, 15, 300, 0}, 2, 2, 128, Gate::softplus});
   all.push_back({"lengths, 256 sequences", {}, 2, 2, 128, Gate::softplus});
   for (int i = 0; i < 256; ++i) all.back().lengths.push_back(i * 37 % 61);
@@ -292,7 +305,7 @@ std::vector<Case> checks() {
 std::vector<Case> invariant_checks() {
   const std::vector<int64_t> pack{3000, 100, 1700, 0, 17, 9000, 1, 16, 300};
   std::vector<Case> all;
-  for (const Gate gate : {Gate::bounded, Gate::softplus, Gate::none})
+  for (const Gate gate : {Gate::bounded, Gate::softplus, Gate::none, Gate::stretches})
     for (const int H : {4, 32}) {
       Case c{std::string(name_of(gate)) + " H" + std::to_string(H), pack, H, H, 128, gate};
       all.push_back(c);

@@ -1,0 +1,278 @@
+// What makes one recurrence out of segments that were worked on separately (kda_chunk.cuh): the states before
+// them, one after the other, and their part in the outputs. Where a segment's transition is closed the state
+// after it is its own, and its neighbours' states are never touched.
+#pragma once
+
+#include "ops/kda/kda_pipeline_sm90.cuh"
+
+namespace kl::cuda {
+
+// out += qt · S for tokens `token` to `token` + 15 that lie before `end`, by one warp, for kRuns · 16 value
+// channels from `channel` on: first what comes from memory, then the rest.
+template <int D, int kRuns>
+class StatePart {
+ public:
+  KL_DEVICE void load(const PrefillParams& p, int head, int64_t token, int64_t end, int channel) {
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = token + g + 8 * half;
+      valid[half] = row < end;
+      const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
+      out[half] = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + channel + 4 * t;
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step)
+        q[half][step] = valid[half] ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run)
+        if (valid[half]) old[half][run] = *reinterpret_cast<const uint2*>(out[half] + 16 * run);
+    }
+  }
+  // state(run, step, s) gives S as right operands of 32 key channels: s[tile][i] has channels 8t + 2i and
+  // 8t + 2i + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. So a lane reads 16 bytes
+  // of a qt at a time, and has 8 neighbouring bytes of an output.
+  template <class State>
+  KL_DEVICE void add(State&& state) const {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      float d[2][4] = {};
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step) {
+        uint32_t s[2][4];
+        state(run, step, s);
+        const uint4 a = q[0][step], b = q[1][step];
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          mma_bf16(d[tile], {a.x, b.x, a.y, b.y}, s[tile][0], s[tile][1]);
+          mma_bf16(d[tile], {a.z, b.z, a.w, b.w}, s[tile][2], s[tile][3]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 x = unpack_bf16x4(old[half][run]);
+        if (valid[half])
+          store4(out[half] + 16 * run, float4{x.x + d[0][2 * half], x.y + d[0][2 * half + 1],
+                                              x.z + d[1][2 * half], x.w + d[1][2 * half + 1]});
+      }
+    }
+  }
+
+ private:
+  uint4 q[2][D / 32];
+  uint2 old[2][kRuns];
+  bf16* out[2];
+  bool valid[2];
+};
+
+// The consumers of a block, when its ring is done with.
+template <int D, bool kGateF32>
+class Joiner {
+  static constexpr int kThreads = 2 * D;
+  static constexpr int kApplyTokens = 512;  // of an item
+  static constexpr int kStateRow = D + 8;
+  static constexpr int kSlab = 16, kWideSlab = 32;  // value channels that are chained at a time
+  struct Memory {
+    union {
+      float matrices[2][D * D];         // [k before][k]
+      uint16_t applied[D * kStateRow];  // a state in bf16, in the order of add_state()
+    };
+    float slab[kWideSlab][D + 4];
+    int progress[kMostSegments];
+    int next;
+  };
+  static_assert(sizeof(Memory) <= Ring<D, kGateF32>::kDecay);  // where there is nothing but chunks
+
+ public:
+  KL_DEVICE Joiner(const PrefillParams& params, char* memory)
+      : p(params), m(*reinterpret_cast<Memory*>(memory)), thread(static_cast<int>(threadIdx.x)) {}
+
+  KL_DEVICE void run() {
+    // Wide ones load an M less often, where there are enough of them.
+    const bool wide = p.sequences * p.heads * (D / kSlab) > static_cast<int>(gridDim.x);
+    const int slabs = D / (wide ? kWideSlab : kSlab), pairs = p.sequences * p.heads;
+    for (;;) {
+      sync();  // the ring, and the number before, have been read
+      if (thread == 0) m.next = atomicAdd(&p.counters->chains, 1);
+      sync();  // the next number is there
+      const int i = m.next, pair = i / slabs, slab = i % slabs;
+      if (pair >= pairs) break;
+      if (wide)
+        chain<kWideSlab>(pair / p.heads, pair % p.heads, slab * kWideSlab);
+      else
+        chain<kSlab>(pair / p.heads, pair % p.heads, slab * kSlab);
+    }
+    // Nobody waits for these, so that blocks can share them out beforehand. All segments have first tokens,
+    // fewer have others.
+    const int later = (count_segments(p) - p.sequences) * p.heads;
+    int number = static_cast<int>(blockIdx.x);
+    for (int begin = 0, end = longest(); begin < end; begin += kApplyTokens, number -= later)
+      for (; number < later; number += static_cast<int>(gridDim.x))
+        apply(find_segment(p, Among::later, number / p.heads), number % p.heads, begin);
+  }
+
+ private:
+  const PrefillParams& p;
+  Memory& m;
+  int thread;
+
+  KL_DEVICE static void sync() { named_barrier_sync(1, kThreads); }
+  KL_DEVICE static void wait_until(const int* word, int least) {
+    while (load_acquire(word) < least) __nanosleep(50);
+  }
+
+  // Tokens that no segment has more of, but for first ones.
+  KL_DEVICE int longest() const {
+    int chunks = 0;
+    walk_sequences(p, [&](const Sequence& q) {
+      const int shares = p.first_shares + q.segments - 1;
+      const int own = q.number < 0 ? 0 : (q.chunks + shares - 1) / shares;
+      chunks = max(chunks, static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(own))));
+      return false;
+    });
+    return chunks * kChunkTokens;
+  }
+
+  // Has the item of this segment's values added its part of the outputs already?
+  KL_DEVICE bool added(const Segment& s, int head) const {
+    const auto closed = [&](int id) {
+      const int progress = p.progress[id * p.heads + head];
+      return progress < 0 && -progress <= kProbeChunks;
+    };
+    return p.probes && closed(s.id) && (s.index == 1 || closed(s.id - 1));
+  }
+
+  // carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ..., rows v0 to v0 + kWidth - 1, which nobody else
+  // reads; the last one is the final state. The next M is on its way while one is multiplied with.
+  template <int kWidth>
+  KL_DEVICE void chain(int n, int head, int v0) const {
+    constexpr int kRows = kWidth * D / kThreads;  // a thread's; it has one key channel
+    const Sequence q = find_sequence(p, [&](const Sequence& x) { return x.number == n; });
+    const int count = q.segments;
+    if (count == 1) return;  // its final state is written already, and nothing is added to its outputs
+    const auto item = [&](int j) { return (q.first_id + j) * p.heads + head; };
+    for (int i = thread; i < count * (D / 16); i += kThreads)
+      wait_until(p.ready + item(i / (D / 16)) * kConsumerWarps + i % (D / 16), kPart);
+    for (int j = 1 + thread; j < count; j += kThreads) {
+      const int chunks = first_chunk_of(p, q.chunks, j + 1, count) - first_chunk_of(p, q.chunks, j, count);
+      int progress = 0;
+      while (progress >= 0 && progress < chunks) progress = load_acquire(p.progress + item(j));
+      m.progress[j] = progress;
+    }
+    sync();  // all C and M, and `progress`, are there
+
+    const int k = thread % D, row0 = thread / D * kRows;
+    const auto rows = [&](int j) {
+      return p.carried + static_cast<int64_t>(item(j)) * D * D + static_cast<int64_t>(v0 + row0) * D + k;
+    };
+    const auto next_open = [&](int j) {  // the first segment from j on whose transition counts
+      while (j < count && m.progress[j] < 0) ++j;
+      return j;
+    };
+    const auto load = [&](int j, int buffer) {
+      const float* from = p.transition + static_cast<int64_t>(item(j)) * D * D;
+      if (j < count)
+#pragma unroll
+        for (int i = 0; i < D * D / 4 / kThreads; ++i) {
+          const int four = 4 * (i * kThreads + thread);
+          cp_async16(smem_address(m.matrices[buffer] + four), from + four);
+        }
+      cp_async_commit();
+    };
+
+    float x[kRows];
+    int held = 0;  // whose state `slab` holds; 0: nobody's yet
+    int open = next_open(1);
+    load(open, 0);
+    for (int use = 0; open < count; use ^= 1) {
+      const int following = next_open(open + 1);
+      load(following, use ^ 1);
+      const float* before = rows(open - 1);
+      float* own = rows(open);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        x[r] = own[r * D];
+        if (held != open - 1 || held == 0) m.slab[row0 + r][k] = before[r * D];
+      }
+      cp_async_wait<1>();
+      sync();  // the state before and M are there
+      const float* M = m.matrices[use] + k;
+#pragma unroll 8
+      for (int i = 0; i < D; i += 4) {
+        const float column[4] = {M[i * D], M[(i + 1) * D], M[(i + 2) * D], M[(i + 3) * D]};
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          const float4 four = *reinterpret_cast<const float4*>(&m.slab[row0 + r][i]);
+          x[r] = fmaf(four.x, column[0],
+                      fmaf(four.y, column[1], fmaf(four.z, column[2], fmaf(four.w, column[3], x[r]))));
+        }
+      }
+      sync();  // the state before and M have been read
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = x[r], own[r * D] = x[r];
+      held = open;
+      open = following;
+    }
+    sync();  // the states are there
+    if (thread == 0) add_release(p.chained + n * p.heads + head, kWidth);
+
+    const int last = m.progress[count - 1];
+    if (p.slot == nullptr || (p.probes && last < 0 && -last <= kProbeChunks)) return;  // or written already
+    const int slot = (p.slot_out != nullptr ? p.slot_out : p.slot)[n];
+    if (slot < 0) return;
+    if (held != count - 1) {
+      const float* from = rows(count - 1);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = from[r * D];
+      sync();  // the final state is there
+    }
+    const StatePlace place = state_place(p, slot, head);
+    // Neighbours in the pool to neighbouring threads.
+    for (int i = thread; i < kWidth * D; i += kThreads) {
+      const int v = p.state_v_first ? i / D : i % kWidth, key = p.state_v_first ? i % D : i / kWidth;
+      store_element(place.pool, place.base + key * place.k_stride + (v0 + v) * place.v_stride,
+                    m.slab[v][key]);
+    }
+  }
+
+  // Adds the state's part to kApplyTokens tokens of a segment from its token `from` on, as far as they have a
+  // qt.
+  KL_DEVICE void apply(const Segment& s, int head, int from) const {
+    wait_until(p.chained + s.sequence * p.heads + head, D);
+    if (added(s, head)) return;
+    const int64_t first = static_cast<int64_t>(s.first_chunk) * kChunkTokens;
+    const int64_t with_query = static_cast<int64_t>(abs(p.progress[s.id * p.heads + head])) * kChunkTokens;
+    const int64_t begin = s.begin + first + from;
+    const int64_t end = s.begin + min(min(first + with_query, first + from + kApplyTokens), s.length);
+    if (begin >= end) return;
+    sync();  // the memory is nobody's
+    const float* before = p.carried + (static_cast<int64_t>(s.id - 1) * p.heads + head) * D * D;
+#pragma unroll 4
+    for (int i = 0; i < D * D / 4 / kThreads; ++i) {
+      const int four = i * kThreads + thread, v = four / (D / 4), k = four % (D / 4) * 4;
+      const float4 x = load4(before + 4 * four);
+      uint16_t* to = m.applied + (v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2) * kStateRow +
+                     k / 32 * 32 + k % 8 / 4 * 16 + k % 32 / 8 * 2;
+      *reinterpret_cast<uint32_t*>(to) = pack_bf16(x.x, x.y);
+      *reinterpret_cast<uint32_t*>(to + 8) = pack_bf16(x.z, x.w);
+    }
+    sync();  // the state is there
+    const int lane = thread % 32;
+    const uint32_t rows =
+        smem_address(m.applied + (lane % 8 + lane / 16 * 8) * kStateRow) + lane / 8 % 2 * 16;
+    for (int64_t token = begin + thread / 32 * 16; token < end; token += kThreads / 2) {
+      StatePart<D, D / 16> part;
+      part.load(p, head, token, end, 0);
+      part.add([&](int run, int step, uint32_t(&x)[2][4]) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t b[4];  // tile 0: key channels 0-7, 8-15; tile 1
+          ldmatrix_x4(b, rows + run * 16 * kStateRow * 2 + (2 * step + half) * 32);
+          x[0][2 * half] = b[0], x[0][2 * half + 1] = b[1];
+          x[1][2 * half] = b[2], x[1][2 * half + 1] = b[3];
+        }
+      });
+    }
+  }
+};
+
+}  // namespace kl::cuda
