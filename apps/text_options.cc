@@ -22,9 +22,10 @@ void computing_flags(CLI::App* command, ModelOptions& o) {
   command->add_option("--cache-type,--kv-cache-dtype", o.cache_type, "latent cache: f32 or bf16")
       ->check(CLI::IsMember({"f32", "bf16"}));
   command
-      ->add_option("--precision", o.precision,
-                   "activations in products with bf16 weights and what KDA's chunks multiply: exact, or bf16, "
-                   "which is faster where the processor multiplies bf16 itself (default exact)")
+      ->add_option(
+          "--precision", o.precision,
+          "activations in products with bf16 weights and what KDA's chunks multiply: exact, or bf16, "
+          "which is faster where the processor multiplies bf16 itself (default exact)")
       ->check(CLI::IsMember({"exact", "bf16"}));
   command->add_option(
       "--isa", o.isa,

@@ -77,8 +77,8 @@ double decode_flops(const KdaArgs& args) {
   return flops(args, 7. * static_cast<double>(args.q.size(2) * args.v.size(2)));
 }
 
-// Chunks of C tokens, which are 16 on every device: three products with the state, and two triangles of C/2 tokens
-// over K and over V.
+// Chunks of C tokens, which are 16 on every device: three products with the state, and two triangles of C/2
+// tokens over K and over V.
 double prefill_flops(const KdaArgs& args) {
   const double K = static_cast<double>(args.q.size(2)), V = static_cast<double>(args.v.size(2));
   return flops(args, 6 * K * V + 2 * kKdaChunk * (K + V));
