@@ -1,16 +1,17 @@
-// The consumers of the Hopper prefill: the items of a block (kda_chunk.cuh), one after the other. A
-// warpgroup has 64 value channels of the head's state; what it does with a chunk is kda_scan_sm90.cuh's.
+// The consumers of a Hopper prefill: the items of a block (prefill_segments.cuh), one after the other. A
+// warpgroup has 64 value channels of the head's state; what it does with a chunk is prefill_scan_sm90.cuh's.
 #pragma once
 
+#include "cuda/prefill_join_sm90.cuh"
+#include "cuda/prefill_scan_sm90.cuh"
 #include "cuda/reduce.cuh"
-#include "ops/kda/kda_scan_sm90.cuh"
-#include "ops/kda/kda_segments_sm90.cuh"
 
 namespace kl::cuda {
 
-template <int D, bool kGateF32>
+template <class Slot>
 class Consumer {
-  using R = Ring<D, kGateF32>;
+  using R = Ring<Slot>;
+  static constexpr int D = Slot::D;
   static constexpr int kWarps = D / 16;
 
  public:
@@ -44,7 +45,7 @@ class Consumer {
  private:
   const PrefillParams& p;
   R ring;
-  Scan<D, kGateF32> scan;
+  Scan<Slot> scan;
   int warp, lane, g, t;
   Turn<R::kSlots> turn{0};
   int norms = 0;  // which of the two buffers is next
