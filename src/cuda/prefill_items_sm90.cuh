@@ -222,6 +222,10 @@ class Consumer {
   // the warp's value channels.
   KL_DEVICE void add_incoming(const ChunkInfo& info, int probed) const {
     const int before = item(info) - p.heads;
+    const int64_t first = info.token - info.chunk * kChunkTokens;
+    const int64_t end = min(first + probed * kChunkTokens, info.token + info.rows);
+    StatePart<D, 1> part;
+    part.load(p, info.head, first, end, 16 * warp);
     if (wait_for(before) != kState) return;
     uint32_t state[2][D / 32][4];
     const float* from =
@@ -236,14 +240,15 @@ class Consumer {
         s[0] = pack_bf16(a.x, a.y), s[1] = pack_bf16(a.z, a.w);
         s[2] = pack_bf16(b.x, b.y), s[3] = pack_bf16(b.z, b.w);
       }
-    const int64_t first = info.token - info.chunk * kChunkTokens;
-    const int64_t end = min(first + probed * kChunkTokens, info.token + info.rows);
-#pragma unroll 1
-    for (int64_t token = first; token < end; token += kChunkTokens)
-      add_state<D, 1>(p, info.head, token, end, 16 * warp, [&](int, int step, uint32_t(&x)[2][4]) {
+    for (int64_t token = first;;) {
+      part.add([&](int, int step, uint32_t(&x)[2][4]) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) x[0][i] = state[0][step][i], x[1][i] = state[1][step][i];
       });
+      token += kChunkTokens;
+      if (token >= end) return;
+      part.load(p, info.head, token, end, 16 * warp);
+    }
   }
 };
 

@@ -8,66 +8,76 @@
 namespace kl::cuda {
 
 // out += qt · S for tokens `token` to `token` + 15 that lie before `end`, by one warp, for kRuns · 16 value
-// channels from `channel` on. state(run, step, s) gives S as right operands of 32 key channels: s[tile][i]
-// has channels 8t + 2i and 8t + 2i + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. So
-// a lane reads 16 bytes of a qt at a time, and has 8 neighbouring bytes of an output.
-template <int D, int kRuns, class State>
-KL_DEVICE void add_state(const PrefillParams& p, int head, int64_t token, int64_t end, int channel,
-                         State&& state) {
-  const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+// channels from `channel` on: first what comes from memory, then the rest.
+template <int D, int kRuns>
+class StatePart {
+ public:
+  KL_DEVICE void load(const PrefillParams& p, int head, int64_t token, int64_t end, int channel) {
+    const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = token + g + 8 * half;
+      valid[half] = row < end;
+      const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
+      out[half] = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + channel + 4 * t;
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step)
+        q[half][step] = valid[half] ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int run = 0; run < kRuns; ++run)
+        if (valid[half]) old[half][run] = *reinterpret_cast<const uint2*>(out[half] + 16 * run);
+    }
+  }
+  // state(run, step, s) gives S as right operands of 32 key channels: s[tile][i] has channels 8t + 2i and
+  // 8t + 2i + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. So a lane reads 16 bytes
+  // of a qt at a time, and has 8 neighbouring bytes of an output.
+  template <class State>
+  KL_DEVICE void add(State&& state) const {
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      float d[2][4] = {};
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step) {
+        uint32_t s[2][4];
+        state(run, step, s);
+        const uint4 a = q[0][step], b = q[1][step];
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          mma_bf16(d[tile], {a.x, b.x, a.y, b.y}, s[tile][0], s[tile][1]);
+          mma_bf16(d[tile], {a.z, b.z, a.w, b.w}, s[tile][2], s[tile][3]);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 x = unpack_bf16x4(old[half][run]);
+        if (valid[half])
+          store4(out[half] + 16 * run, float4{x.x + d[0][2 * half], x.y + d[0][2 * half + 1],
+                                              x.z + d[1][2 * half], x.w + d[1][2 * half + 1]});
+      }
+    }
+  }
+
+ private:
   uint4 q[2][D / 32];
   uint2 old[2][kRuns];
   bf16* out[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t row = token + g + 8 * half;
-    const bool valid = row < end;
-    const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
-    out[half] = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + channel + 4 * t;
-#pragma unroll
-    for (int step = 0; step < D / 32; ++step)
-      q[half][step] = valid ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run)
-      if (valid) old[half][run] = *reinterpret_cast<const uint2*>(out[half] + 16 * run);
-  }
-#pragma unroll
-  for (int run = 0; run < kRuns; ++run) {
-    float d[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < D / 32; ++step) {
-      uint32_t s[2][4];
-      state(run, step, s);
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        mma_bf16(d[tile], {q[0][step].x, q[1][step].x, q[0][step].y, q[1][step].y}, s[tile][0], s[tile][1]);
-        mma_bf16(d[tile], {q[0][step].z, q[1][step].z, q[0][step].w, q[1][step].w}, s[tile][2], s[tile][3]);
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float4 x = unpack_bf16x4(old[half][run]);
-      if (token + g + 8 * half < end)
-        store4(out[half] + 16 * run, float4{x.x + d[0][2 * half], x.y + d[0][2 * half + 1],
-                                            x.z + d[1][2 * half], x.w + d[1][2 * half + 1]});
-    }
-  }
-}
+  bool valid[2];
+};
 
 // The consumers of a block, when its ring is done with.
 template <class Slot>
 class Joiner {
   static constexpr int D = Slot::D;
   static constexpr int kThreads = 2 * D;
-  static constexpr int kRows = kSlab * D / kThreads;  // of a slab, a thread's; it has one key channel
-  static constexpr int kApplyTokens = 512;            // of an item
+  static constexpr int kApplyTokens = 512;  // of an item
   static constexpr int kStateRow = D + 8;
+  static constexpr int kSlab = 16, kWideSlab = 32;  // value channels that are chained at a time
   struct Memory {
     union {
       float matrices[2][D * D];         // [k before][k]
       uint16_t applied[D * kStateRow];  // a state in bf16, in the order of add_state()
     };
-    float slab[kSlab][D + 4];
+    float slab[kWideSlab][D + 4];
     int progress[kMostSegments];
     int next;
   };
@@ -78,14 +88,19 @@ class Joiner {
       : p(params), m(*reinterpret_cast<Memory*>(memory)), thread(static_cast<int>(threadIdx.x)) {}
 
   KL_DEVICE void run() {
-    constexpr int kSlabs = D / kSlab;
+    // Wide ones load an M less often, where there are enough of them.
+    const bool wide = p.sequences * p.heads * (D / kSlab) > static_cast<int>(gridDim.x);
+    const int slabs = D / (wide ? kWideSlab : kSlab), pairs = p.sequences * p.heads;
     for (;;) {
       sync();  // the ring, and the number before, have been read
       if (thread == 0) m.next = atomicAdd(&p.counters->chains, 1);
       sync();  // the next number is there
-      const int i = m.next;
-      if (i >= p.sequences * p.heads * kSlabs) break;
-      chain(i / kSlabs / p.heads, i / kSlabs % p.heads, i % kSlabs * kSlab);
+      const int i = m.next, pair = i / slabs, slab = i % slabs;
+      if (pair >= pairs) break;
+      if (wide)
+        chain<kWideSlab>(pair / p.heads, pair % p.heads, slab * kWideSlab);
+      else
+        chain<kSlab>(pair / p.heads, pair % p.heads, slab * kSlab);
     }
     // Nobody waits for these, so that blocks can share them out beforehand. All segments have first tokens,
     // fewer have others.
@@ -127,9 +142,11 @@ class Joiner {
     return p.probes && closed(s.id) && (s.index == 1 || closed(s.id - 1));
   }
 
-  // carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ..., rows v0 to v0 + kSlab - 1, which nobody else
+  // carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ..., rows v0 to v0 + kWidth - 1, which nobody else
   // reads; the last one is the final state. The next M is on its way while one is multiplied with.
+  template <int kWidth>
   KL_DEVICE void chain(int n, int head, int v0) const {
+    constexpr int kRows = kWidth * D / kThreads;  // a thread's; it has one key channel
     const Sequence q = find_sequence(p, [&](const Sequence& x) { return x.number == n; });
     const int count = q.segments;
     if (count == 1) return;  // its final state is written already, and nothing is added to its outputs
@@ -197,7 +214,7 @@ class Joiner {
       open = following;
     }
     sync();  // the states are there
-    if (thread == 0) add_release(p.chained + n * p.heads + head, 1);
+    if (thread == 0) add_release(p.chained + n * p.heads + head, kWidth);
 
     const int last = m.progress[count - 1];
     if (p.slot == nullptr || (p.probes && last < 0 && -last <= kProbeChunks)) return;  // or written already
@@ -211,8 +228,8 @@ class Joiner {
     }
     const StatePlace place = state_place(p, slot, head);
     // Neighbours in the pool to neighbouring threads.
-    for (int i = thread; i < kSlab * D; i += kThreads) {
-      const int v = p.state_v_first ? i / D : i % kSlab, key = p.state_v_first ? i % D : i / kSlab;
+    for (int i = thread; i < kWidth * D; i += kThreads) {
+      const int v = p.state_v_first ? i / D : i % kWidth, key = p.state_v_first ? i % D : i / kWidth;
       store_element(place.pool, place.base + key * place.k_stride + (v0 + v) * place.v_stride,
                     m.slab[v][key]);
     }
@@ -221,7 +238,7 @@ class Joiner {
   // Adds the state's part to kApplyTokens tokens of a segment from its token `from` on, as far as they have a
   // qt.
   KL_DEVICE void apply(const Segment& s, int head, int from) const {
-    wait_until(p.chained + s.sequence * p.heads + head, D / kSlab);
+    wait_until(p.chained + s.sequence * p.heads + head, D);
     if (added(s, head)) return;
     const int64_t first = static_cast<int64_t>(s.first_chunk) * kChunkTokens;
     const int64_t with_query = static_cast<int64_t>(abs(p.progress[s.id * p.heads + head])) * kChunkTokens;
@@ -243,8 +260,10 @@ class Joiner {
     const int lane = thread % 32;
     const uint32_t rows =
         smem_address(m.applied + (lane % 8 + lane / 16 * 8) * kStateRow) + lane / 8 % 2 * 16;
-    for (int64_t token = begin + thread / 32 * 16; token < end; token += kThreads / 2)
-      add_state<D, D / 16>(p, head, token, end, 0, [&](int run, int step, uint32_t(&x)[2][4]) {
+    for (int64_t token = begin + thread / 32 * 16; token < end; token += kThreads / 2) {
+      StatePart<D, D / 16> part;
+      part.load(p, head, token, end, 0);
+      part.add([&](int run, int step, uint32_t(&x)[2][4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t b[4];  // tile 0: key channels 0-7, 8-15; tile 1
@@ -253,6 +272,7 @@ class Joiner {
           x[1][2 * half] = b[2], x[1][2 * half + 1] = b[3];
         }
       });
+    }
   }
 };
 

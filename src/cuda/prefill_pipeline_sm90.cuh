@@ -10,9 +10,10 @@
 // An operator is a type with
 //
 //   Params              PrefillParams and what its producers need
-//   Maps                what the copy engine knows of its inputs
+//   Maps                what the copy engine knows of its inputs, CUtensorMaps and nothing else
 //   Slot                how a slot is laid out (Ring says what is asked of it)
 //   load(...)           the copies of one chunk
+//   prefetch(...)       by a warp: what producers will read from memory themselves of some rows of a head
 //   produce(...)        one producer warp, until the end
 #pragma once
 
@@ -156,6 +157,11 @@ struct Loader {
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
+    // What producers read by themselves for the item's first chunks: asked for before the device's blocks ask for
+    // all that their rings can hold, it does not wait for that.
+    const int64_t row = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;
+    const int64_t rows = min(s.length - row, static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens);
+    Op::prefetch(p, head, s.begin + row, static_cast<int>(rows));
     if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
@@ -199,6 +205,10 @@ struct Loader {
   }
 
   KL_DEVICE void run() {
+    constexpr int kMaps = sizeof(maps) / sizeof(CUtensorMap);
+    static_assert(sizeof(maps) == kMaps * sizeof(CUtensorMap));
+    if (threadIdx.x % 32 < kMaps)
+      prefetch_tensor_map(reinterpret_cast<const CUtensorMap*>(&maps) + threadIdx.x % 32);
     const bool split = p.progress != nullptr;
     const int firsts = p.sequences * p.heads;
     const int later = split ? count_segments(p) * p.heads - firsts : 0;  // not a sequence's first

@@ -27,7 +27,6 @@ constexpr int kMinSegmentChunks = 4;
 constexpr int kMostSegments = 256;       // of a sequence, however uneven the batch is
 constexpr int kProbeChunks = 4;          // that a value item follows its segment's transition for
 constexpr float kNegligible = 0x1p-24f;  // of the norm of M
-constexpr int kSlab = 16;                // value channels of a state that are joined at a time
 constexpr int kConsumerWarps = 8;        // of D = 128; D = 64 leaves four without work
 
 // What blocks tell each other; zero when they start.
@@ -58,7 +57,7 @@ struct PrefillParams {
   // left M open it is the probe's, until somebody has followed M to its end.
   int* progress;
   int* ready;      // [segments, heads, kConsumerWarps] Ready of a value item's rows
-  int* chained;    // [sequences, heads] slabs whose states are all known
+  int* chained;    // [sequences, heads] value channels whose states are all known
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
   void* queries;      // [T, heads, D] bf16, qt
@@ -106,8 +105,8 @@ KL_DEVICE int segments_of(const PrefillParams& p, int chunks) {
 }
 // The first chunk of a segment; of number `count`, the end of the sequence.
 KL_DEVICE int first_chunk_of(const PrefillParams& p, int chunks, int index, int count) {
-  const int64_t before = index == 0 ? 0 : p.first_shares + index - 1;
-  return static_cast<int>(chunks * before / (p.first_shares + count - 1));
+  const int before = index == 0 ? 0 : p.first_shares + index - 1, shares = p.first_shares + count - 1;
+  return chunks / shares * before + chunks % shares * before / shares;
 }
 
 struct Sequence {

@@ -70,7 +70,7 @@ struct PrefillCut {
 // (sequence, head) pairs, of `chunks` chunks each.
 inline PrefillCut cut_strong(int64_t items, int64_t chunks) {
   const int64_t blocks = current_device().multiprocessors;
-  constexpr int64_t kTurn = 3, kSplit = 6;  // chunks' worth of time: of a turn, of any split at all
+  constexpr int64_t kTurn = 11, kSplit = 8;  // chunks' worth of time: of a turn, of any split at all
   int64_t best = 1, least = INT64_MAX;
   for (int64_t n = 1; n <= 1 + blocks / 4 && (n == 1 || chunks / n >= kMinSegmentChunks); ++n) {
     const int64_t turns = (items * n + blocks - 1) / blocks;
@@ -82,21 +82,27 @@ inline PrefillCut cut_strong(int64_t items, int64_t chunks) {
 }
 
 // With a weak one a segment takes two items, values and transition, and joining takes time. The first one
-// has no transition, and is made as much longer as lets its blocks end with the others.
-inline PrefillCut cut_weak(int64_t items, int64_t chunks, int64_t D) {
+// has no transition; where transitions are expected to be long it is made longer, so that its blocks end with
+// the others. `closed`: chunks after which a transition is expected to be closed.
+inline PrefillCut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
   const int64_t blocks = current_device().multiprocessors, others = blocks - items;
-  // Chunks' worth of time: of any cut at all, of a state that is chained; chunks that are applied in that
-  // time.
-  constexpr int64_t kSplit = 8, kChain = 2, kApplied = 220;
+  // Chunks' worth of time: of any cut, of a state's way through a segment. Chunks that are applied in one's.
+  constexpr int64_t kSplit = 16, kChain = 3, kApplied = 150;
   int64_t least = chunks;
   PrefillCut best;
   for (int64_t n = 2; others > 0 && n <= 1 + blocks / 4; ++n) {
-    const int64_t shares = (2 * items * (n - 1) + others - 1) / others;
-    const int64_t own = (chunks + shares + n - 2) / (shares + n - 1);
-    if (own < kMinSegmentChunks) break;
-    const int64_t chains = (items * (D / kSlab) + blocks - 1) / blocks * (n - 1);
-    const int64_t cost = shares * own + kSplit + kChain * chains + items * (n - 1) * own / kApplied;
-    if (cost < least) best = {.segment_chunks = own, .first_shares = shares}, least = cost;
+    const int64_t later = items * (n - 1);
+    for (int64_t shares = 1; shares <= (2 * later + others - 1) / others; ++shares) {
+      const int64_t own = (chunks + shares + n - 2) / (shares + n - 1), followed = std::min(own, closed);
+      if (own < kMinSegmentChunks) break;
+      int64_t longest = std::max(shares * own, later * (own + followed) / others);
+      if (2 * later > others) longest = std::max(longest, 2 * followed);
+      if (10 * later > 9 * others) longest = std::max(longest, own + followed);
+      const int64_t join =
+          kChain * ((4 * items + blocks - 1) / blocks) * (n - 1) + later * followed / kApplied;
+      if (longest + join + kSplit < least)
+        best = {.segment_chunks = own, .first_shares = shares}, least = longest + join + kSplit;
+    }
   }
   return best;
 }
@@ -115,6 +121,7 @@ struct PrefillShape {
   int64_t T, N, heads, D;
   bool whole;            // states inside a sequence are asked for: no cuts
   bool strong;           // the gate is known to forget soon
+  int64_t closed;        // elsewhere: chunks after which a transition is expected to be negligible
   bool batch_invariant;  // cuts must not depend on the other sequences
 };
 
@@ -125,7 +132,7 @@ inline PrefillCut cut_sequences(const PrefillShape& s) {
   const int64_t items = s.N * s.heads, chunks = (s.T + kChunkTokens * s.N - 1) / (kChunkTokens * s.N);
   // Several sequences that fill the device are of several lengths: taking the longest first evens them out.
   const bool strong = s.strong && (s.N == 1 || items < current_device().multiprocessors);
-  return strong ? cut_strong(items, chunks) : cut_weak(items, chunks, s.D);
+  return strong ? cut_strong(items, chunks) : cut_weak(items, chunks, s.closed);
 }
 
 struct PrefillPlan {

@@ -304,6 +304,8 @@ struct DplrPrefill {
     }
   }
 
+  KL_DEVICE static void prefetch(const Params&, int, int64_t, int) {}  // all comes through the ring
+
   KL_DEVICE static void produce(const Params& p, R ring, int producer) {
     DplrProducer<D>(p, ring).run(producer);
   }

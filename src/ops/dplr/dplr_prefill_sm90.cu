@@ -14,6 +14,7 @@ PrefillPlan make_plan(const DplrArgs& a) {
                        .D = a.q.size(2),
                        .whole = false,
                        .strong = false,
+                       .closed = 110,  // as KDA expects of a gate that it does not know
                        .batch_invariant = false});
 }
 

@@ -337,6 +337,16 @@ struct KdaPrefill {
         box_load(ring.apart(s) + panel * kPanel, &maps.g, 32 * panel, info.head, token, bar);
   }
 
+  KL_DEVICE static void prefetch(const Params& p, int head, int64_t first_row, int rows) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const GateParams& gate = p.gate;
+    if (gate.dt_bias != nullptr && lane < D / 8) prefetch_l2(gate.dt_bias + head * gate.dt_stride + 8 * lane);
+    if (gate.A_log != nullptr && lane == 31) prefetch_l2(gate.A_log + head);
+    const int width = p.beta.is_bf16 ? 2 : 4;
+    for (int i = lane; i < rows; i += 32)
+      prefetch_l2(static_cast<const char*>(p.beta.data) + width * offset_of(p.beta, first_row + i, head));
+  }
+
   KL_DEVICE static void produce(const Params& p, R ring, int producer) {
     switch (p.gate.kind) {
       case KdaGateKind::log_decay:
