@@ -1,5 +1,6 @@
-// What the producers of the Hopper prefills have in common: one warp turns the raw operands of one chunk of 16
-// tokens into the factors of its operator's chunkwise recurrence, in place, without a word to any other warp.
+// What the producers of the Hopper prefills have in common: one warp turns the raw operands of one chunk of
+// 16 tokens into the factors of its operator's chunkwise recurrence, in place, without a word to any other
+// warp.
 //
 // All of it stands in the fragments of mma.sync: with g = lane / 4 and t = lane % 4 a lane has tokens g and
 // g + 8 of channels 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16; element e = 4 (channel / 8) + 2 (token / 8) +
@@ -22,8 +23,8 @@ constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is
 KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
 KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-// Decays of 16 channels: of the lane's elements from and to the middle of the chunk, and of channels 2t, 2t + 1,
-// 2t + 8 and 2t + 9 those of the halves, 2^Gm and 2^(Gend - Gm), and of the chunk.
+// Decays of 16 channels: of the lane's elements from and to the middle of the chunk, and of channels 2t, 2t +
+// 1, 2t + 8 and 2t + 9 those of the halves, 2^Gm and 2^(Gend - Gm), and of the chunk.
 struct MiddleDecays {
   float from[8], to[8];
   float first[4], second[4], chunk[4];
@@ -94,7 +95,8 @@ class FactorWarp {
 
   // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. x are tokens 2t,
   // 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands). Log-decays are rounded to 11 bits, without
-  // bias. A decayed weight e^G is off by |G| e^G times that, never by more than 2^-13 of what it is a weight of.
+  // bias. A decayed weight e^G is off by |G| e^G times that, never by more than 2^-13 of what it is a weight
+  // of.
   KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
     float d[2][4] = {};
 #pragma unroll
@@ -123,7 +125,8 @@ class FactorWarp {
   }
   // Do some of the 16 channels, of any lane, decay by more than that?
   KL_DEVICE static bool steep(const MiddleDecays& d, float least) {
-    return __any_sync(0xffffffffu, fminf(fminf(d.chunk[0], d.chunk[1]), fminf(d.chunk[2], d.chunk[3])) < least);
+    return __any_sync(0xffffffffu,
+                      fminf(fminf(d.chunk[0], d.chunk[1]), fminf(d.chunk[2], d.chunk[3])) < least);
   }
 
   // For 16 channels in which half a chunk may decay by more than an f32 can hold: decays of the elements from
@@ -151,8 +154,8 @@ class FactorWarp {
     return d;
   }
   // Calls f(e, i, j, decay) for the lane's elements [e / 4][e % 4] of a 16 x 16 product, all lanes together;
-  // decay(c) is channel c's from token j to i >= j. place(token, channel) is a float of the warp's for each of
-  // the 16 channels. The differences of sums over one side of the middle are sums over the tokens between.
+  // decay(c) is channel c's from token j to i >= j. place(token, channel) is a float of the warp's for each
+  // of the 16 channels. The differences of sums over one side of the middle are sums over the tokens between.
   template <class Place, class F>
   KL_DEVICE void for_each_pair(const float (&sum)[8], Place&& place, F&& f) const {
     __syncwarp();
@@ -170,8 +173,8 @@ class FactorWarp {
   template <uint32_t kApart>
   KL_DEVICE float element(uint32_t region, int step, int row, int channel) const {
     const char* memory = ring.memory - ring.base();
-    return to_float(*reinterpret_cast<const bf16*>(memory + region + step / 4 * kApart +
-                                                   piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
+    return to_float(*reinterpret_cast<const bf16*>(
+        memory + region + step / 4 * kApart + piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
   }
 
   // The inverse of I + L by forward substitution in f32, a column a lane: x is column j of it times `factor`.
@@ -218,8 +221,8 @@ class FactorWarp {
   }
 
   // z = A · (the inverse), for the outputs.
-  KL_DEVICE static void fold_outputs(const float (&A)[2][4], const uint32_t (&high)[4], const uint32_t (&low)[4],
-                                     float (&z)[2][4]) {
+  KL_DEVICE static void fold_outputs(const float (&A)[2][4], const uint32_t (&high)[4],
+                                     const uint32_t (&low)[4], float (&z)[2][4]) {
     const uint32_t a[4] = {pack_bf16(A[0][0], A[0][1]), pack_bf16(A[0][2], A[0][3]),
                            pack_bf16(A[1][0], A[1][1]), pack_bf16(A[1][2], A[1][3])};
     mma_bf16(z[0], a, high[0], high[2]);

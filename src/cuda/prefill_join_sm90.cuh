@@ -1,6 +1,6 @@
-// What makes one recurrence out of segments that were worked on separately (prefill_segments.cuh): the states before
-// them, one after the other, and their part in the outputs. Where a segment's transition is closed the state
-// after it is its own, and its neighbours' states are never touched.
+// What makes one recurrence out of segments that were worked on separately (prefill_segments.cuh): the states
+// before them, one after the other, and their part in the outputs. Where a segment's transition is closed the
+// state after it is its own, and its neighbours' states are never touched.
 #pragma once
 
 #include "cuda/prefill_pipeline_sm90.cuh"

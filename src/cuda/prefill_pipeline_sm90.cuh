@@ -17,8 +17,8 @@
 //   produce(...)        one producer warp, until the end
 #pragma once
 
-#include "cuda/tensor_map.h"
 #include "cuda/prefill_segments.cuh"
+#include "cuda/tensor_map.h"
 
 namespace kl::cuda {
 
@@ -44,8 +44,8 @@ struct alignas(16) ChunkInfo {
   int checkpoint;  // first one at the end of this chunk; -1: none
 };
 
-// A panel is 128 bytes wide: 64 bf16 channels (32 of f32), its rows' eight 16-byte pieces swizzled by the row,
-// as the copy engine leaves them and the tensor cores expect them.
+// A panel is 128 bytes wide: 64 bf16 channels (32 of f32), its rows' eight 16-byte pieces swizzled by the
+// row, as the copy engine leaves them and the tensor cores expect them.
 constexpr uint32_t kPanelBytes = kChunkTokens * 128;
 
 // The ring in shared memory. Slot, an operator's, says
@@ -68,11 +68,12 @@ struct Ring : Slot {
   static constexpr int kPanels = D / 64;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kApart = kSlots * kSlotBytes;                   // [slot]
-  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;   // [slot][D] f32: e^Gend
-  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;                // [slot] A
+  static constexpr uint32_t kApart = kSlots * kSlotBytes;                  // [slot]
+  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32: e^Gend
+  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;               // [slot] A
   static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);  // [producer]
-  static constexpr uint32_t kStage = kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
+  static constexpr uint32_t kStage =
+      kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
   static constexpr uint32_t kBarriers = kInfo + kSlots * sizeof(ChunkInfo);  // raw, ready, free [slot]
   static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [2][consumer warp] f32
@@ -157,13 +158,12 @@ struct Loader {
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    // What producers read by themselves for the item's first chunks: asked for before the device's blocks ask for
-    // all that their rings can hold, it does not wait for that.
-    const int64_t row = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;
-    const int64_t rows = min(s.length - row, static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens);
-    Op::prefetch(p, head, s.begin + row, static_cast<int>(rows));
-    if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
+    // What producers read by themselves for the item's first chunks: asked for before the device's blocks ask
+    // for all that their rings can hold, it does not wait for that.
+    const int64_t slots = static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens;
+    Op::prefetch(p, head, s.begin + offset, static_cast<int>(min(s.length - offset, slots)));
+    if (threadIdx.x % 32 != 0) return;
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.item = item,
                    .rows = 0,

@@ -6,8 +6,8 @@
 //   O       += R A^T                            64 x 16 x 16
 //   S^T      = S^T Diag(e^Gend) + R F           64 x D x 16
 //
-// Where v enters apart from R (Slot::kValuesApart) the first line has v^T [Br | Bo]^T in place of [v | 0]^T, one
-// more step of 16, and the last one more product, v^T Fv.
+// Where v enters apart from R (Slot::kValuesApart) the first line has v^T [Br | Bo]^T in place of [v | 0]^T,
+// one more step of 16, and the last one more product, v^T Fv.
 //
 // S and R are rounded to bf16 where they are left operands; accumulators are rearranged into them inside a
 // thread. Lane (g, t) of warp w has value channels 16 w + g and 16 w + g + 8.

@@ -1,5 +1,5 @@
-// The division of labour of the Hopper prefills (KDA, DPLR): chunks, segments of a sequence, the workspace, and
-// the parameters that their parts share. No recurrence is known here but that it is linear in the state.
+// The division of labour of the Hopper prefills (KDA, DPLR): chunks, segments of a sequence, the workspace,
+// and the parameters that their parts share. No recurrence is known here but that it is linear in the state.
 //
 // A sequence is cut into chunks of 16 tokens, counted from its start. With few heads its chunks are also cut
 // into segments that are worked on at the same time:

@@ -1,6 +1,6 @@
-// A Hopper prefill of an operator (prefill_pipeline_sm90.cuh says what that is): one persistent kernel in which
-// tensor cores carry the state in registers while other warps prepare the coming chunks, and what the host
-// decides for it.
+// A Hopper prefill of an operator (prefill_pipeline_sm90.cuh says what that is): one persistent kernel in
+// which tensor cores carry the state in registers while other warps prepare the coming chunks, and what the
+// host decides for it.
 #pragma once
 
 #include <algorithm>

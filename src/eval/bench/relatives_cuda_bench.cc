@@ -1,8 +1,9 @@
-// Times KDA beside its relatives on the GPU. First all of them through the portable chunkwise kernels, which are
-// built alike (cuda/chunk.cuh): what a per-channel gate costs over a scalar one, and a general transition over
-// one whose vectors are the key. Then KDA and DPLR through their Hopper kernels, which share all but their
-// producers (cuda/prefill_sm90.cuh), on one problem: DPLR gets the vectors with which it is that KDA, and the
-// outputs are compared. bf16 rows, f32 states, D = 128; medians of CUDA-graph replays over rotating inputs.
+// Times KDA beside its relatives on the GPU. First all of them through the portable chunkwise kernels, which
+// are built alike (cuda/chunk.cuh): what a per-channel gate costs over a scalar one, and a general transition
+// over one whose vectors are the key. Then KDA and DPLR through their Hopper kernels, which share all but
+// their producers (cuda/prefill_sm90.cuh), on one problem: DPLR gets the vectors with which it is that KDA,
+// and the outputs are compared. bf16 rows, f32 states, D = 128; medians of CUDA-graph replays over rotating
+// inputs.
 //
 //   relatives_cuda_bench [a part of a row's name, to run only such rows]
 #include <cmath>
@@ -42,8 +43,8 @@ template <class F>
 cuda::DeviceTensor repeated_rows(int64_t T, int64_t H, int64_t width, F&& value) {
   const OwnedTensor block = make_tensor(DType::bf16, {kRows, width});
   testing::fill(block.tensor, [&](int64_t i) { return value(i / width, i % width); });
-  cuda::DeviceTensor t = width == 1 ? cuda::device_tensor(DType::bf16, {T, H})
-                                    : cuda::device_tensor(DType::bf16, {T, H, width});
+  cuda::DeviceTensor t =
+      width == 1 ? cuda::device_tensor(DType::bf16, {T, H}) : cuda::device_tensor(DType::bf16, {T, H, width});
   const size_t step = static_cast<size_t>(block.tensor.bytes());
   for (size_t at = 0; at < t.buffer.size(); at += step)
     KL_CUDA_CHECK(cudaMemcpy(static_cast<char*>(t.buffer.data()) + at, block.tensor.data,
@@ -54,7 +55,8 @@ cuda::DeviceTensor repeated_rows(int64_t T, int64_t H, int64_t width, F&& value)
 
 double rounded(double x) { return static_cast<float>(bf16(static_cast<float>(x))); }
 
-// Normally distributed numbers that a bf16 row holds exactly; scaled to rows of length 1 before, if asked for.
+// Normally distributed numbers that a bf16 row holds exactly; scaled to rows of length 1 before, if asked
+// for.
 struct Numbers {
   int64_t width;
   std::vector<double> x;
@@ -78,7 +80,9 @@ struct Rows {
     testing::Random random(7);
     const Numbers queries(random, D, true), keys(random, D, true), values(random, D), logits(random, D),
         strengths(random, 1);
-    const auto write = [&](int64_t row, int64_t i) { return keys(row, i) / (1 + std::exp(-strengths(row, 0))); };
+    const auto write = [&](int64_t row, int64_t i) {
+      return keys(row, i) / (1 + std::exp(-strengths(row, 0)));
+    };
     const auto decay = [&](int64_t row, int64_t i) { return rounded(gate.log_decay(logits(row, i))); };
     const auto read = [&](int64_t row, int64_t i) { return std::exp(decay(row, i)) * keys(row, i); };
     q = repeated_rows(T, H, D, queries), k = repeated_rows(T, H, D, keys);
@@ -102,7 +106,8 @@ class Bench {
     for (int i = 0; i < turns; ++i) rows_.emplace_back(gate, T, H);
     state_ = cuda::device_tensor(DType::f32, {1, H, D, D}, 0);
     int32_t cu[2] = {0, static_cast<int32_t>(T)}, slot[1] = {0};
-    cu_ = cuda::to_device(Tensor(cu, DType::i32, {2})), slot_ = cuda::to_device(Tensor(slot, DType::i32, {1}));
+    cu_ = cuda::to_device(Tensor(cu, DType::i32, {2})),
+    slot_ = cuda::to_device(Tensor(slot, DType::i32, {1}));
     std::vector<float> logs(static_cast<size_t>(H), static_cast<float>(std::log(gate.A))),
         biases(static_cast<size_t>(H * D), static_cast<float>(gate.bias));
     A_log_ = cuda::to_device(Tensor(logs.data(), DType::f32, {H}));
@@ -224,8 +229,8 @@ void hopper_kernels(const char* filter) {
       const auto call_dplr = [&](const Ctx& ctx, const Rows& r) { cuda::dplr_prefill_sm90(ctx, b.dplr(r)); };
       const double difference = testing::rel_rms(b.outputs(call_dplr), b.outputs(call_kda));
       const double kda = b.milliseconds(call_kda), dplr = b.milliseconds(call_dplr);
-      const double logits = b.milliseconds(
-          [&](const Ctx& ctx, const Rows& r) { cuda::kda_prefill_sm90(ctx, b.kda(r, true)); });
+      const double logits =
+          b.milliseconds([&](const Ctx& ctx, const Rows& r) { cuda::kda_prefill_sm90(ctx, b.kda(r, true)); });
       std::printf("%-26s %12.3f %12.3f %12.3f %12.2f %12.2f %12.1e\n", name.c_str(), kda, logits, dplr,
                   dplr / kda, dplr / logits, difference);
       std::fflush(stdout);

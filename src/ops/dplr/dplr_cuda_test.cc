@@ -78,7 +78,8 @@ TEST(DplrHopper, EveryGateFamily) {
   for (const GateFamily& family : gate_families())
     for (const int64_t D : {64, 128}) {
       SCOPED_TRACE(cat("g ", family.name, ", ", D));
-      expect_right_on_hopper(family.log_decay, {.lengths = {70, 16, 1, 33}, .H = 2, .Hv = 2, .K = D, .V = D}, 1);
+      expect_right_on_hopper(family.log_decay, {.lengths = {70, 16, 1, 33}, .H = 2, .Hv = 2, .K = D, .V = D},
+                             1);
     }
 }
 
@@ -93,8 +94,8 @@ TEST(DplrHopper, EveryLength) {
   expect_right_on_hopper(mild, {.lengths = {0, 5, 0, 0, 40, 0}, .H = 3, .Hv = 3, .K = 128, .V = 128}, 3);
 }
 
-// Few heads: sequences are cut. With the first gates transitions die out soon, with the last one never; nothing
-// forgets or erases what was rounded then, and it adds up over a thousand tokens (7e-3, cut or not).
+// Few heads: sequences are cut. With the first gates transitions die out soon, with the last one never;
+// nothing forgets or erases what was rounded then, and it adds up over a thousand tokens (7e-3, cut or not).
 TEST(DplrHopper, SegmentsOfLongSequences) {
   KL_NEEDS_HOPPER();
   const auto alternating = [](Random&, int64_t t) { return t % 16 < 8 ? -12. : -1e-3; };
@@ -116,7 +117,8 @@ TEST(DplrHopper, SegmentsOfLongSequences) {
 TEST(DplrHopper, PackedEqualsAlone) {
   KL_NEEDS_HOPPER();
   const RecurrenceOp op = op_with(mild, 64);
-  expect_packed_equals_alone_on_device(op, hopper_prefill, hopper_case({.H = 70, .Hv = 70, .K = 64, .V = 64}));
+  expect_packed_equals_alone_on_device(op, hopper_prefill,
+                                       hopper_case({.H = 70, .Hv = 70, .K = 64, .V = 64}));
 }
 
 // Other rows, other element types: the portable kernel takes over, whatever workspace is given.

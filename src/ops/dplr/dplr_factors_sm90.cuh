@@ -6,7 +6,8 @@
 // for y = k and y = a, what token i reads of the state S before it is the row p_i of (I + Ba)^-1 W, where
 // W_i = S^T (b_i e^(G_(i-1))) + Σ_j Bk_ij v_j, and with T = (I + Ba)^-1
 //
-//   o = scale S^T (q e^G) + Ak v - (Aa T) W        S <- Diag(e^Gend) S + (k e^(Gend - G))^T v - (T^T a e^(Gend - G))^T W
+//   o = scale S^T (q e^G) + Ak v - (Aa T) W        S <- Diag(e^Gend) S + (k e^(Gend - G))^T v - (T^T a
+//   e^(Gend - G))^T W
 //
 // So the consumers' R is -W, and they need  -b_i e^(G_(i-1)),  scale q_i e^(G_i),  T^T (a e^(Gend - G)),
 // k e^(Gend - G),  e^(Gend)  and the triangles  -Bk,  Ak  and  Aa T.
@@ -53,8 +54,8 @@ struct DplrSlot {
 template <int kWidth>
 class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
   using Base = FactorWarp<DplrSlot<kWidth>>;
-  using typename Base::R;
   using Base::D, Base::g, Base::lane, Base::pack, Base::ring, Base::t;
+  using typename Base::R;
   static constexpr uint32_t kPairPanels = 2 * kPanelBytes;  // panels of `pair` are as far apart
   // Below this the factors of a decay might leave the range of f32; vectors of lengths up to 2^27 have room.
   static constexpr float kLeastDecay = 0x1p-100f;
@@ -257,7 +258,7 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
       for (int tile = 0; tile < 2; ++tile)
         *reinterpret_cast<float2*>(scratch + (g + 8 * half + 1) * kRow + 2 * t + 8 * tile) = {
             m.Ba[tile][2 * half], m.Ba[tile][2 * half + 1]};
-    __syncwarp();  // Ba is there
+    __syncwarp();              // Ba is there
     uint32_t high[4], low[4];  // T^T, rows one token ahead
     Base::invert(scratch, scratch + 17 * kRow, (lane + 1) % 16, 1.f, high, low);
 
@@ -274,8 +275,9 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
 
   // 8 x 8 blocks of 128 bytes: [row / 8][column / 8].
   KL_DEVICE void store_small(uint32_t at, const float (&x)[2][4], float factor) const {
-    const uint32_t r[4] = {pack_bf16(x[0][0] * factor, x[0][1] * factor), pack_bf16(x[1][0] * factor, x[1][1] * factor),
-                           pack_bf16(x[0][2] * factor, x[0][3] * factor), pack_bf16(x[1][2] * factor, x[1][3] * factor)};
+    const uint32_t r[4] = {
+        pack_bf16(x[0][0] * factor, x[0][1] * factor), pack_bf16(x[1][0] * factor, x[1][1] * factor),
+        pack_bf16(x[0][2] * factor, x[0][3] * factor), pack_bf16(x[1][2] * factor, x[1][3] * factor)};
     stmatrix_x4(at + lane * 16, r);
   }
 };

@@ -1,5 +1,5 @@
-// DPLR prefill on Hopper (cuda/prefill_sm90.cuh with the producers of dplr_factors_sm90.cuh), for K = V = 64 or
-// 128 and bf16 rows.
+// DPLR prefill on Hopper (cuda/prefill_sm90.cuh with the producers of dplr_factors_sm90.cuh), for K = V = 64
+// or 128 and bf16 rows.
 #include "cuda/prefill_sm90.cuh"
 #include "ops/dplr/dplr_cuda.h"
 #include "ops/dplr/dplr_factors_sm90.cuh"

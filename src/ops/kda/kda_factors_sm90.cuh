@@ -1,5 +1,5 @@
-// The producers of KDA's Hopper prefill (cuda/prefill_factors_sm90.cuh). With G_i the inclusive sum of log-decays
-// from the chunk's start to token i, per channel, and
+// The producers of KDA's Hopper prefill (cuda/prefill_factors_sm90.cuh). With G_i the inclusive sum of
+// log-decays from the chunk's start to token i, per channel, and
 //
 //   L_ij = beta_i Σ k_i k_j e^(G_i - G_j)  (i > j)     A_ij = scale Σ q_i k_j e^(G_i - G_j)  (i >= j)
 //   T = (I + L)^-1 Diag(beta)
@@ -86,13 +86,15 @@ KL_DEVICE void log2_decays(const GateForm& f, const float (&bias)[2], float (&x)
 template <int kWidth, bool kGateF32, KdaGateKind kKind>
 class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
   using Base = FactorWarp<KdaSlot<kWidth, kGateF32>>;
-  using typename Base::R;
   using Base::D, Base::g, Base::lane, Base::pack, Base::ring, Base::t;
+  using typename Base::R;
   static constexpr uint32_t kPairPanels = 2 * kPanelBytes;  // panels of `pair` are as far apart
 
  public:
   KL_DEVICE KdaProducer(const KdaPrefillParams& params, R r, int warp)
-      : Base(r), p(params), scratch(reinterpret_cast<float*>(r.memory + R::kScratch + warp * R::kScratchBytes)) {}
+      : Base(r),
+        p(params),
+        scratch(reinterpret_cast<float*>(r.memory + R::kScratch + warp * R::kScratchBytes)) {}
 
   KL_DEVICE void run(int warp) {
     Base::follow_ring(
@@ -327,8 +329,7 @@ struct KdaPrefill {
     for (int panel = 0; panel < R::kPanels; ++panel) {
       box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
       box_load(slot + R::kPair + panel * 2 * kPanel + kPanel, &maps.q, 64 * panel, qk_head, token, bar);
-      if (!kGateF32)
-        box_load(slot + R::kWrite + panel * kPanel, &maps.g, 64 * panel, info.head, token, bar);
+      if (!kGateF32) box_load(slot + R::kWrite + panel * kPanel, &maps.g, 64 * panel, info.head, token, bar);
       if (value) box_load(slot + R::kValue + panel * kPanel, &maps.v, 64 * panel, info.head, token, bar);
     }
     if (kGateF32)
