@@ -108,7 +108,7 @@ class Joiner {
     int number = static_cast<int>(blockIdx.x);
     for (int begin = 0, end = longest(); begin < end; begin += kApplyTokens, number -= later)
       for (; number < later; number += static_cast<int>(gridDim.x))
-        apply(find_later_segment(p, number / p.heads), number % p.heads, begin);
+        apply(find_segment(p, Among::later, number / p.heads), number % p.heads, begin);
   }
 
  private:

@@ -10,10 +10,9 @@
 // An operator is a type with
 //
 //   Params              PrefillParams and what its producers need
-//   Maps                what the copy engine knows of its inputs, CUtensorMaps and nothing else
+//   Maps                what the copy engine knows of its inputs
 //   Slot                how a slot is laid out (Ring says what is asked of it)
 //   load(...)           the copies of one chunk
-//   prefetch(...)       by a warp: what producers will read from memory themselves of some rows of a head
 //   produce(...)        one producer warp, until the end
 #pragma once
 
@@ -68,9 +67,10 @@ struct Ring : Slot {
   static constexpr int kPanels = D / 64;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kApart = kSlots * kSlotBytes;                  // [slot]
-  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32: e^Gend
-  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;               // [slot] A
+  static constexpr uint32_t kApart = kSlots * kSlotBytes;  // [slot]
+  static constexpr uint32_t kDecay =
+      kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32: what the operator likes; then e^Gend
+  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;                             // [slot] A
   static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);  // [producer]
   static constexpr uint32_t kStage =
       kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
@@ -151,19 +151,15 @@ struct Loader {
     while (!mbarrier_try_wait(ring.free(turn.slot), turn.phase ^ 1)) __nanosleep(200);
     ring.info(turn.slot) = info;
     if (info.rows > 0)
-      Op::load(ring, turn.slot, maps, info, qk_head);
+      Op::load(p, ring, turn.slot, maps, info, qk_head);
     else
       mbarrier_arrive(ring.raw(turn.slot));
     turn.advance(1);
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
-    // What producers read by themselves for the item's first chunks: asked for before the device's blocks ask
-    // for all that their rings can hold, it does not wait for that.
-    const int64_t slots = static_cast<int64_t>(min(end - first, R::kSlots)) * kChunkTokens;
-    Op::prefetch(p, head, s.begin + offset, static_cast<int>(min(s.length - offset, slots)));
     if (threadIdx.x % 32 != 0) return;
+    int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.item = item,
                    .rows = 0,
@@ -205,33 +201,36 @@ struct Loader {
   }
 
   KL_DEVICE void run() {
-    constexpr int kMaps = sizeof(maps) / sizeof(CUtensorMap);
-    static_assert(sizeof(maps) == kMaps * sizeof(CUtensorMap));
-    if (threadIdx.x % 32 < kMaps)
-      prefetch_tensor_map(reinterpret_cast<const CUtensorMap*>(&maps) + threadIdx.x % 32);
-    const bool split = p.progress != nullptr;
     const int firsts = p.sequences * p.heads;
-    const int later = split ? count_segments(p) * p.heads - firsts : 0;  // not a sequence's first
-    wait_for_previous_kernel();                                          // the counters are cleared
-    bool open;
-    if (p.probes) {
-      const int items = firsts + later;
-      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
-        const Segment s = find_segment(p, i / p.heads);
-        load_item(Item::value, s, i % p.heads, 0, s.chunks);
+    // Items of segments that are not their sequence's first, of one kind.
+    const int later = p.progress != nullptr ? count_segments(p) * p.heads - firsts : 0;
+    int* list = &p.counters->items;
+    int items = p.probes ? firsts + later : firsts + 2 * later;
+    bool rest = false, open = !p.probes && later > 0;
+    wait_for_previous_kernel();  // the counters are cleared
+    for (;;) {
+      int i = take(list);
+      if (i >= items) {
+        if (rest || !p.probes || later == 0 || !probes_left_open(later)) break;
+        // Then the transitions that the probes left open, from where they stopped.
+        rest = open = true, list = &p.counters->rest, items = later;
+        continue;
       }
-      open = later > 0 && probes_left_open(later);
-      if (open) load_rest(later);
-    } else {
-      // The long ones first: first segments, the others, then transitions, which may end early.
-      const int items = firsts + 2 * later;
-      for (int i = take(&p.counters->items); i < items; i = take(&p.counters->items)) {
-        const int n = i < firsts ? i : i < firsts + later ? i - firsts : i - firsts - later;
-        const Segment s =
-            i < firsts ? find_first_segment(p, n / p.heads) : find_later_segment(p, n / p.heads);
-        load_item(i < firsts + later ? Item::value : Item::transition, s, n % p.heads, 0, s.chunks);
+      Among among = rest ? Among::later : Among::all;
+      bool value = !rest;
+      if (!p.probes) {  // the long ones first: first segments, the others, then transitions
+        among = i < firsts ? Among::first : Among::later;
+        value = i < firsts + later;
+        if (i >= firsts) i -= value ? firsts : firsts + later;
       }
-      open = later > 0;
+      const int head = i % p.heads, number = i / p.heads;
+      const Segment s =
+          find_segment(p, among, among == Among::first ? sequence_by_length(p, number) : number);
+      const int begin = rest ? min(kProbeChunks, s.chunks) : 0;
+      const bool closed = rest && load_acquire(p.progress + s.id * p.heads + head) < 0;
+      if (begin < s.chunks && !closed)
+        load_item(value ? Item::value : Item::transition, s, head, begin, s.chunks);
+      __syncwarp();
     }
     if (threadIdx.x % 32 != 0) return;
     const ChunkInfo end{.item = open ? Item::join : Item::none,
@@ -253,16 +252,6 @@ struct Loader {
   KL_DEVICE bool probes_left_open(int probes) const {
     while (load_acquire(&p.counters->probed) < probes) __nanosleep(100);
     return __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&p.counters->open), 0) > 0;
-  }
-  // The transitions that the probes left open, from where they stopped.
-  KL_DEVICE void load_rest(int later) {
-    for (int i = take(&p.counters->rest); i < later; i = take(&p.counters->rest)) {
-      const Segment s = find_later_segment(p, i / p.heads);
-      const int head = i % p.heads, probed = min(kProbeChunks, s.chunks);
-      if (probed < s.chunks && load_acquire(p.progress + s.id * p.heads + head) > 0)
-        load_item(Item::transition, s, head, probed, s.chunks);
-      __syncwarp();
-    }
   }
 };
 

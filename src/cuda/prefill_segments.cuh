@@ -184,34 +184,33 @@ KL_DEVICE Segment segment_of(const PrefillParams& p, const Sequence& q, int inde
           .length = q.length};
 }
 
-KL_DEVICE Segment find_segment(const PrefillParams& p, int id) {
-  const Sequence q =
-      find_sequence(p, [&](const Sequence& x) { return x.first_id <= id && id < x.first_id + x.segments; });
-  return segment_of(p, q, id - q.first_id);
-}
-// Of those that are not their sequence's first.
-KL_DEVICE Segment find_later_segment(const PrefillParams& p, int number) {
+// Segments are numbered over all sequences: all of them, the first of each, or those that are not.
+enum class Among : int { all, first, later };
+KL_DEVICE Segment find_segment(const PrefillParams& p, Among among, int number) {
+  const auto first_number = [&](const Sequence& q) {
+    return among == Among::all ? q.first_id : among == Among::first ? q.number : q.first_id - q.number;
+  };
   const Sequence q = find_sequence(p, [&](const Sequence& x) {
-    const int first = x.first_id - x.number;
-    return first <= number && number < first + x.segments - 1;
+    const int count = among == Among::all ? x.segments : among == Among::first ? 1 : x.segments - 1;
+    return first_number(x) <= number && number < first_number(x) + count;
   });
-  return segment_of(p, q, number - (q.first_id - q.number) + 1);
+  return segment_of(p, q, number - first_number(q) + (among == Among::later));
 }
-// The first segment of a sequence, the longest sequence first where a warp can see them all: the last ones to
+// The sequence of that rank by length, the longest first, where a warp can see them all: the last ones to
 // start are short.
-KL_DEVICE Segment find_first_segment(const PrefillParams& p, int rank) {
-  int number = rank;
-  if (p.sequences <= 32)
-    walk_sequences(p, [&](const Sequence& q) {
-      int before = 0;
-      for (int m = 0; m < p.sequences; ++m) {
-        const int other = __shfl_sync(0xffffffffu, q.chunks, m);
-        before += other > q.chunks || (other == q.chunks && m < q.number);
-      }
-      number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, q.number >= 0 && before == rank))) - 1;
-      return true;
-    });
-  return segment_of(p, find_sequence(p, [&](const Sequence& x) { return x.number == number; }), 0);
+KL_DEVICE int sequence_by_length(const PrefillParams& p, int rank) {
+  if (p.sequences > 32) return rank;
+  int number = 0;
+  walk_sequences(p, [&](const Sequence& q) {
+    int before = 0;
+    for (int m = 0; m < p.sequences; ++m) {
+      const int other = __shfl_sync(0xffffffffu, q.chunks, m);
+      before += other > q.chunks || (other == q.chunks && m < q.number);
+    }
+    number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, q.number >= 0 && before == rank))) - 1;
+    return true;
+  });
+  return number;
 }
 
 // Where one head's state stands in the pool.

@@ -166,9 +166,6 @@ KL_DEVICE void follow_previous_kernel() {
 KL_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 KL_DEVICE void release_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Brings what stands there into the second-level cache.
-KL_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
 // ---- Words between blocks: what is written before a release is seen after the acquire that reads it
 // ---------
 

@@ -289,7 +289,8 @@ struct DplrPrefill {
   using Slot = DplrSlot<D>;
   using R = Ring<Slot>;
 
-  KL_DEVICE static void load(R ring, int s, const Maps& maps, const ChunkInfo& info, int head) {
+  KL_DEVICE static void load(const Params&, R ring, int s, const Maps& maps, const ChunkInfo& info,
+                             int head) {
     const uint32_t bar = ring.raw(s), slot = ring.slot(s);
     const bool value = info.item == Item::value;
     const int token = static_cast<int>(info.token);
@@ -305,8 +306,6 @@ struct DplrPrefill {
       if (value) box_load(slot + R::kValue + apart, &maps.v, 64 * panel, head, token, bar);
     }
   }
-
-  KL_DEVICE static void prefetch(const Params&, int, int64_t, int) {}  // all comes through the ring
 
   KL_DEVICE static void produce(const Params& p, R ring, int producer) {
     DplrProducer<D>(p, ring).run(producer);

@@ -18,6 +18,7 @@ struct KdaPrefillParams : PrefillParams {
   KdaBeta beta_kind;
   bool l2norm;
   float l2_eps, scale;
+  bool bias_in_ring;  // dt_bias comes with the chunks, where e^Gend will stand
 };
 
 // What the copy engine knows of the inputs.
@@ -140,8 +141,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     } else {
       ldmatrix_x4_trans(raw.x, Base::template block<kPanelBytes>(ring.slot(slot) + R::kWrite, step));
     }
-    if (bias != nullptr)
-      raw.bias[0] = __ldg(bias + 16 * step + g), raw.bias[1] = __ldg(bias + 16 * step + g + 8);
+    if (bias != nullptr) raw.bias[0] = bias[16 * step + g], raw.bias[1] = bias[16 * step + g + 8];
   }
   template <bool kFull>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
@@ -218,7 +218,9 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
     const float least_decay = p.l2norm ? 0x1p-118f : 0x1p-100f;
     const GateForm form = gate_form(p.gate, head);
-    const float* bias = p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
+    // A step's biases are read before its decays take their place.
+    const float* bias = p.bias_in_ring ? ring.decay(slot)
+                        : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 
@@ -319,12 +321,16 @@ struct KdaPrefill {
   using Slot = KdaSlot<D, kGateF32>;
   using R = Ring<Slot>;
 
-  KL_DEVICE static void load(R ring, int s, const Maps& maps, const ChunkInfo& info, int qk_head) {
+  KL_DEVICE static void load(const Params& p, R ring, int s, const Maps& maps, const ChunkInfo& info,
+                             int qk_head) {
     const uint32_t bar = ring.raw(s), slot = ring.slot(s);
     const bool value = info.item == Item::value;
     const int token = static_cast<int>(info.token);
     constexpr uint32_t kPanel = kPanelBytes, kGateBytes = kGateF32 ? R::kApartBytes : R::kPanels * kPanel;
-    mbarrier_arrive_expect_tx(bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes);
+    mbarrier_arrive_expect_tx(
+        bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes + (p.bias_in_ring ? 4 * D : 0));
+    if (p.bias_in_ring)
+      bulk_load(smem_address(ring.decay(s)), p.gate.dt_bias + info.head * p.gate.dt_stride, 4 * D, bar);
 #pragma unroll
     for (int panel = 0; panel < R::kPanels; ++panel) {
       box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
@@ -336,16 +342,6 @@ struct KdaPrefill {
 #pragma unroll
       for (int panel = 0; panel < 2 * R::kPanels; ++panel)
         box_load(ring.apart(s) + panel * kPanel, &maps.g, 32 * panel, info.head, token, bar);
-  }
-
-  KL_DEVICE static void prefetch(const Params& p, int head, int64_t first_row, int rows) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const GateParams& gate = p.gate;
-    if (gate.dt_bias != nullptr && lane < D / 8) prefetch_l2(gate.dt_bias + head * gate.dt_stride + 8 * lane);
-    if (gate.A_log != nullptr && lane == 31) prefetch_l2(gate.A_log + head);
-    const int width = p.beta.is_bf16 ? 2 : 4;
-    for (int i = lane; i < rows; i += 32)
-      prefetch_l2(static_cast<const char*>(p.beta.data) + width * offset_of(p.beta, first_row + i, head));
   }
 
   KL_DEVICE static void produce(const Params& p, R ring, int producer) {
