@@ -42,6 +42,7 @@ double prefill_flops(const DplrArgs& args) {
 }
 
 #ifdef KL_CUDA
+// Code for sm_90a runs on no other part, so equality.
 bool takes_sm90(const DplrArgs& args) {
   return cuda::current_device().arch == 90 && cuda::dplr_prefill_sm90_takes(args);
 }
@@ -49,7 +50,8 @@ bool takes_sm90(const DplrArgs& args) {
 
 using Work = void (*)(const DplrArgs&, const Head&);
 
-void run(Ctx& ctx, const DplrArgs& args, std::string_view name, bool prefill, double flops, Work work) {
+void run(Ctx& ctx, const DplrArgs& args, std::string_view name, [[maybe_unused]] bool prefill, double flops,
+         Work work) {
   const Problem problem = dplr::problem_of(args);
   recurrence::check_device(problem, ctx.device);
   dplr_check(args);

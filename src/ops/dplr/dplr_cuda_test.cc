@@ -139,6 +139,25 @@ TEST(DplrHopper, LeavesTheRestToThePortableKernel) {
     expect_right_on_device(op, prefill, c, 9, c.dtype == DType::bf16 ? kBf16 : kF32, kF32);
 }
 
+TEST(DplrHopper, SaysThatTheWorkspaceIsTooSmall) {
+  KL_NEEDS_HOPPER();
+  const RecurrenceOp op = op_with(mild, 64);
+  const RecurrenceCase c = hopper_case({.lengths = {20}, .K = 64, .V = 64});
+  RecurrenceOnDevice(RecurrenceProblem(op, c, 10), c).run([](Ctx& ctx, const RecurrenceCall& call) {
+    DplrArgs args = args_of(call);
+    const int64_t bytes = dplr_workspace_bytes(args);
+    const cuda::DeviceTensor workspace = cuda::device_tensor(DType::u8, {bytes - 1});
+    args.workspace = workspace.tensor;
+    std::string found;
+    try {
+      dplr_prefill(ctx, args);
+    } catch (const Error& e) {
+      found = e.what();
+    }
+    EXPECT_EQ(found, cat("dplr prefill: expected a workspace of ", bytes, " bytes, found ", bytes - 1));
+  });
+}
+
 TEST(DplrCuda, EveryGateFamily) {
   KL_NEEDS_GPU();
   for (const GateFamily& family : gate_families())

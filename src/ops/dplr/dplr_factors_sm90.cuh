@@ -6,8 +6,8 @@
 // for y = k and y = a, what token i reads of the state S before it is the row p_i of (I + Ba)^-1 W, where
 // W_i = S^T (b_i e^(G_(i-1))) + Σ_j Bk_ij v_j, and with T = (I + Ba)^-1
 //
-//   o = scale S^T (q e^G) + Ak v - (Aa T) W        S <- Diag(e^Gend) S + (k e^(Gend - G))^T v - (T^T a
-//   e^(Gend - G))^T W
+//   o = scale S^T (q e^G) + Ak v - (Aa T) W
+//   S <- Diag(e^Gend) S + (k e^(Gend - G))^T v - (T^T (a e^(Gend - G)))^T W
 //
 // So the consumers' R is -W, and they need  -b_i e^(G_(i-1)),  scale q_i e^(G_i),  T^T (a e^(Gend - G)),
 // k e^(Gend - G),  e^(Gend)  and the triangles  -Bk,  Ak  and  Aa T.
