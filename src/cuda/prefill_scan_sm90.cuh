@@ -23,13 +23,15 @@ class Scan {
   static constexpr int D = Slot::D;
 
  public:
-  KL_DEVICE Scan(R r, int w) : ring(r), warp(w), lane(static_cast<int>(threadIdx.x % 32)), t(lane % 4) {}
+  KL_DEVICE Scan(R r, int w) : ring(r), warp(w), this_lane(static_cast<int>(threadIdx.x % 32)) {}
 
   // The chunk in slot `at`; returns its checkpoint. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
   // lane's 8 value channels of token lane / 2 belong. last: it may have fewer than 16 tokens. Transitions are
   // run with the columns of the identity for value channels, and v = 0.
   template <bool kValue>
   KL_DEVICE int chunk(int at, bool last, bf16* out, float* S) const {
+    // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
+    const int lane = opaque(this_lane), t = lane % 4;
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
     const int slot = __shfl_sync(0xffffffffu, at, 0);
     const uint32_t base = ring.slot(slot);
@@ -135,7 +137,7 @@ class Scan {
   }
 
   R ring;
-  int warp, lane, t;
+  int warp, this_lane;
 };
 
 }  // namespace kl::cuda

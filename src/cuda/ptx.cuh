@@ -97,6 +97,10 @@ KL_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
   return x;
 }
+KL_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
 
 // ---- Matrix fragments -------------------------------------------------------------------------------------
 
