@@ -8,7 +8,8 @@
 
 namespace kl::cuda {
 
-template <class Slot>
+// kProbes: PrefillParams::probes.
+template <class Slot, bool kProbes>
 class Consumer {
   using R = Ring<Slot>;
   static constexpr int D = Slot::D;
@@ -33,7 +34,7 @@ class Consumer {
       if (is_end(item)) return item == Item::join;
       const bool value = item == Item::value;
       int closed = 0;  // chunks after which M was closed; 0: it was not, or nobody looked
-      if (!value || (p.probes && info.segment_index > 0)) {
+      if (!value || (kProbes && info.segment_index > 0)) {
         const Turn<R::kSlots> first = turn;
         closed = run_transition(value);
         if (value) turn = first;  // the values pass through the same slots
@@ -207,7 +208,7 @@ class Consumer {
     if (info.segment_count == 1) return store_final(info, S);
     const int own = item(info);
     const bool is_state = info.segment_index == 0 || probed > 0;
-    if (p.probes && is_state && info.segment_index + 1 == info.segment_count) {
+    if (kProbes && is_state && info.segment_index + 1 == info.segment_count) {
       wait_for(own - info.segment_index * p.heads);  // the first segment has read what may be overwritten
       store_final(info, S);
     } else {
@@ -215,7 +216,7 @@ class Consumer {
     }
     __syncwarp();
     if (lane == 0) store_release(ready(own), is_state ? kState : kPart);
-    if (probed > 0) add_incoming(info, probed);
+    if (kProbes && probed > 0) add_incoming(info, probed);
   }
 
   // Adds the part that the state before the segment has in the outputs, where the state is known already; for

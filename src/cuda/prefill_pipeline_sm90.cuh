@@ -12,6 +12,7 @@
 //   Params              PrefillParams and what its producers need
 //   Maps                what the copy engine knows of its inputs
 //   Slot                how a slot is laid out (Ring says what is asked of it)
+//   kMayProbe           can its gates be known to forget soon (PrefillParams::probes)?
 //   load(...)           the copies of one chunk
 //   produce(...)        one producer warp, until the end
 #pragma once

@@ -87,7 +87,7 @@ class Scan {
     if constexpr (kApart) wgmma_m64n32k16<0>(RO, v, small_matrix(ring.value_matrix(slot)));
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
-      wgmma_m64n32k16<0>(RO, s[step], pair + (step / 4 * 2 * kPanelBytes + step % 4 * 32) / 16);
+      wgmma_m64n32k16<0>(RO, s[step], wgmma_behind(pair, step / 4 * 2 * kPanelBytes + step % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin<16>(RO);

@@ -15,7 +15,9 @@ namespace kl::cuda {
 constexpr int kConsumerRegisters = 144;
 constexpr int kOtherRegisters = 112;
 
-template <class Op>
+// kProbes: PrefillParams::probes. Where there are none their code would cost the consumers' loop registers,
+// and 8 % of its time (T8192 H96, no cuts).
+template <class Op, bool kProbes>
 __global__ void __launch_bounds__(kBlockThreads, 1)
     prefill_kernel(const __grid_constant__ typename Op::Params p,
                    const __grid_constant__ typename Op::Maps maps) {
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   release_next_kernel();
   if (warp < kConsumerWarps) {
     registers_increase<kConsumerRegisters>();
-    if (warp < R::D / 16 && Consumer<Slot>(p, ring, warp).run()) Joiner<Slot>(p, memory).run();
+    if (warp < R::D / 16 && Consumer<Slot, kProbes>(p, ring, warp).run()) Joiner<Slot>(p, memory).run();
   } else {
     registers_decrease<kOtherRegisters>();
     const int producer = warp - kConsumerWarps;
@@ -198,13 +200,15 @@ void run_prefill(const typename Op::Params& p, const typename Op::Maps& maps, co
   // Of a cut sequence's segments all but the first may take two items.
   const int64_t items = (plan.segments > 0 ? 2 * plan.segments - plan.N : plan.N) * plan.heads;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));
-  launch(prefill_kernel<Op>,
-         {.grid = blocks,
-          .block = kBlockThreads,
-          .smem = Ring<typename Op::Slot>::kBytes,
-          .stream = stream,
-          .overlap_previous = true},
-         p, maps);
+  const LaunchConfig config{.grid = blocks,
+                            .block = kBlockThreads,
+                            .smem = Ring<typename Op::Slot>::kBytes,
+                            .stream = stream,
+                            .overlap_previous = true};
+  if constexpr (Op::kMayProbe) {
+    if (p.probes) return launch(prefill_kernel<Op, true>, config, p, maps);
+  }
+  launch(prefill_kernel<Op, false>, config, p, maps);
 }
 
 // Can the copy engine fetch this tensor's rows?

@@ -319,6 +319,7 @@ struct KdaPrefill {
   using Params = KdaPrefillParams;
   using Maps = KdaPrefillMaps;
   using Slot = KdaSlot<D, kGateF32>;
+  static constexpr bool kMayProbe = true;
   using R = Ring<Slot>;
 
   KL_DEVICE static void load(const Params& p, R ring, int s, const Maps& maps, const ChunkInfo& info,
