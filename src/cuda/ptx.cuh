@@ -310,6 +310,11 @@ KL_DEVICE uint64_t wgmma_matrix(uint32_t smem, uint32_t leading, uint32_t stride
   return static_cast<uint64_t>((smem & 0x3ffff) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(layout) << 62;
 }
+// The matrix that stands `bytes` behind it: in its low word, which an address never leaves, since sums of 64
+// bits take registers and instructions of every thread.
+KL_DEVICE uint64_t wgmma_behind(uint64_t matrix, uint32_t bytes) {
+  return (matrix >> 32 << 32) | (static_cast<uint32_t>(matrix) + bytes / 16);
+}
 KL_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 KL_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kPending>

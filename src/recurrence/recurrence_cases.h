@@ -41,6 +41,8 @@ struct RecurrenceCase {
   DType dtype = DType::f32;   // of the inputs
   bool initial_state = true;  // else sequences start at zero (slot < 0) and slot_out keeps their states
   double key_size = 1;        // standard deviation of the elements of k
+  int64_t row_pad = 2;        // values between the rows of two tokens, which belong to nobody
+  int64_t out_pad = 3;        // on a GPU, between the rows of two heads of `out`
 };
 
 struct RecurrenceResult {
@@ -127,17 +129,18 @@ class RecurrenceProblem {
   }
 
  private:
-  // [T, heads, n] with two values per row that belong to nobody.
+  // [T, heads, n] with what belongs to nobody.
   template <class F>
   Tensor rows(int64_t T, int64_t heads, int64_t n, F&& value) {
-    owned_.push_back(make_tensor(case_.dtype, {T, heads * n + 2}));
+    const int64_t row = heads * n + case_.row_pad;
+    owned_.push_back(make_tensor(case_.dtype, {T, row}));
     fill_nan(owned_.back().tensor);
     Tensor t = owned_.back().tensor;
-    t.rank = 3, t.shape = {T, heads, n}, t.stride = {heads * n + 2, n, 1};
+    t.rank = 3, t.shape = {T, heads, n}, t.stride = {row, n, 1};
     dispatch_float(t.dtype, [&]<class E>() {
-      for (int64_t row = 0; row < T; ++row)
+      for (int64_t token = 0; token < T; ++token)
         for (int64_t i = 0; i < heads * n; ++i)
-          t.at<E>(row)[i] = static_cast<E>(static_cast<float>(value(row)));
+          t.at<E>(token)[i] = static_cast<E>(static_cast<float>(value(token)));
     });
     return t;
   }

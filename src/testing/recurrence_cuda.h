@@ -14,16 +14,14 @@ namespace kl::testing {
 // A problem's tensors on the device, rows as far apart as on the host.
 class RecurrenceOnDevice {
  public:
-  static constexpr int64_t kPad = 3;  // elements between two rows of `out`
-
-  RecurrenceOnDevice(const RecurrenceProblem& problem, DType out)
+  RecurrenceOnDevice(const RecurrenceProblem& problem, const RecurrenceCase& c)
       : pool_(copy_as(problem.pool(), DType::f32)) {
     const RecurrenceCall& host = problem.call;
     call_.q = rows(host.q), call_.k = rows(host.k), call_.v = rows(host.v);
     for (const Tensor& t : host.extras) call_.extras.push_back(rows(t));
     call_.cu_seqlens = contiguous(host.cu_seqlens), call_.slot = contiguous(host.slot);
     if (host.slot_out) call_.slot_out = contiguous(host.slot_out);
-    out_ = cuda::device_tensor(out, {host.v.size(0), host.v.size(1), host.v.size(2) + kPad});
+    out_ = cuda::device_tensor(c.dtype, {host.v.size(0), host.v.size(1), host.v.size(2) + c.out_pad});
     call_.out = out_.tensor.slice(2, 0, host.v.size(2));
   }
 
@@ -66,15 +64,14 @@ inline void expect_right_on_device(const RecurrenceOp& op,
                                    double state_tolerance) {
   const RecurrenceProblem problem(op, c, seed);
   const RecurrenceResult expected = problem.definition();
-  RecurrenceOnDevice device(problem, c.dtype);
+  RecurrenceOnDevice device(problem, c);
   const RecurrenceResult found = device.run(f), again = device.run(f);
-  const int64_t pad = RecurrenceOnDevice::kPad;
   EXPECT_LE(rel_rms(to_doubles(found.out.tensor.slice(2, 0, c.V)), to_doubles(expected.out.tensor)),
             out_tolerance);
   EXPECT_LE(rel_rms(problem.states_of(found), problem.states_of(expected)), state_tolerance);
   EXPECT_TRUE(same_bits(found.out.tensor, again.out.tensor)) << "outputs of a second run";
   EXPECT_TRUE(same_bits(found.state.tensor, again.state.tensor)) << "states of a second run";
-  for (const double x : to_doubles(found.out.tensor.slice(2, c.V, c.V + pad)))
+  for (const double x : to_doubles(found.out.tensor.slice(2, c.V, c.V + c.out_pad)))
     if (!std::isnan(x)) ADD_FAILURE() << "padding of the output was written";
   std::vector<bool> owned(static_cast<size_t>(found.state.tensor.size(0)));
   for (size_t n = 0; n < c.lengths.size(); ++n)
@@ -91,7 +88,7 @@ inline void expect_packed_equals_alone_on_device(const RecurrenceOp& op,
                                                  RecurrenceCase c) {
   c.lengths = interesting_lengths();
   const RecurrenceProblem problem(op, c, 31);
-  RecurrenceOnDevice device(problem, c.dtype);
+  RecurrenceOnDevice device(problem, c);
   const RecurrenceResult packed = device.run(f);
   const RecurrenceResult alone = device.run([&](Ctx& ctx, const RecurrenceCall& all) {
     int64_t begin = 0;

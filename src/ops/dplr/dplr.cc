@@ -4,6 +4,7 @@
 #include "ops/dplr/dplr_head.h"
 #include "recurrence/decay.h"
 #ifdef KL_CUDA
+#include "cuda/launch.h"
 #include "ops/dplr/dplr_cuda.h"
 #endif
 
@@ -40,9 +41,17 @@ double prefill_flops(const DplrArgs& args) {
   return heads_and_tokens(args) * (8 * K * V + 4 * recurrence::kChunk * (K + V));
 }
 
+#ifdef KL_CUDA
+// Code for sm_90a runs on no other part, so equality.
+bool takes_sm90(const DplrArgs& args) {
+  return cuda::current_device().arch == 90 && cuda::dplr_prefill_sm90_takes(args);
+}
+#endif
+
 using Work = void (*)(const DplrArgs&, const Head&);
 
-void run(Ctx& ctx, const DplrArgs& args, std::string_view name, double flops, Work work) {
+void run(Ctx& ctx, const DplrArgs& args, std::string_view name, [[maybe_unused]] bool prefill, double flops,
+         Work work) {
   const Problem problem = dplr::problem_of(args);
   recurrence::check_device(problem, ctx.device);
   dplr_check(args);
@@ -56,6 +65,7 @@ void run(Ctx& ctx, const DplrArgs& args, std::string_view name, double flops, Wo
 #ifdef KL_CUDA
       const TraceScope trace(ctx.trace, name, recurrence::bytes_moved(problem, {args.a, args.b, args.g}),
                              flops);
+      if (prefill && args.workspace && takes_sm90(args)) return cuda::dplr_prefill_sm90(ctx, args);
       return cuda::dplr_chunks(ctx, args);  // decode too: a token is a short chunk
 #else
       recurrence::fail_without_cuda(problem.op);
@@ -77,11 +87,18 @@ void dplr_check(const DplrArgs& args) {
 }
 
 void dplr_prefill(Ctx& ctx, const DplrArgs& args) {
-  run(ctx, args, "dplr_prefill", prefill_flops(args), dplr::chunk_head);
+  run(ctx, args, "dplr_prefill", true, prefill_flops(args), dplr::chunk_head);
+}
+
+int64_t dplr_workspace_bytes([[maybe_unused]] const DplrArgs& args) {
+#ifdef KL_CUDA
+  if (args.q.device == Device::cuda && takes_sm90(args)) return cuda::dplr_prefill_sm90_workspace(args);
+#endif
+  return 0;
 }
 
 void dplr_decode(Ctx& ctx, const DplrArgs& args) {
-  run(ctx, args, "dplr_decode", decode_flops(args), dplr::recurrent_head<float>);
+  run(ctx, args, "dplr_decode", false, decode_flops(args), dplr::recurrent_head<float>);
 }
 
 }  // namespace kl

@@ -35,10 +35,18 @@ struct DplrArgs {
   Tensor slot_out;  // [N] i32, optional: the final state goes here instead (< 0: nowhere)
 
   float scale = 0.f;  // 0: K^-0.5
+
+  // CUDA, prefill: memory of the operator until the work is done, at least dplr_workspace_bytes() of it,
+  // 256-byte aligned. Where it is absent a slower kernel runs that needs none.
+  Tensor workspace;  // u8
 };
 
 // Any lengths: the chunkwise algorithm in f32; on CUDA beside products of bf16 halves, which leave some 1e-5.
+// The Hopper kernel (bf16 rows, K = V = 64 or 128) rounds what enters its tensor cores to bf16: 5e-3.
 void dplr_prefill(Ctx&, const DplrArgs&);
+// Bytes of `workspace` with which dplr_prefill() runs its fastest kernel for tensors of these shapes,
+// whatever they hold; 0 where none is wanted.
+int64_t dplr_workspace_bytes(const DplrArgs&);
 // Short sequences. CPU: one step of the recurrence after another, in f32. CUDA: as above.
 void dplr_decode(Ctx&, const DplrArgs&);
 

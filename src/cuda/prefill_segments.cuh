@@ -1,5 +1,5 @@
-// The Hopper prefill's division of labour: chunks, segments of a sequence, the workspace, and the parameters
-// that its parts share. No arithmetic of KDA.
+// The division of labour of the Hopper prefills (KDA, DPLR): chunks, segments of a sequence, the workspace,
+// and the parameters that their parts share. No recurrence is known here but that it is linear in the state.
 //
 // A sequence is cut into chunks of 16 tokens, counted from its start. With few heads its chunks are also cut
 // into segments that are worked on at the same time:
@@ -14,11 +14,11 @@
 // Where gates are expected to close M soon (PrefillParams::probes), a value item first runs its segment's
 // transition over its own first chunks. If that closes M, the state after the segment is C, and the segment
 // behind it takes C and adds its share to its outputs by itself. Elsewhere transitions are items beside the
-// values. Whatever is left when both are done is joined: states first, then outputs (kda_segments_sm90.cuh).
+// values. Whatever is left when both are done is joined: states first, then outputs (prefill_join_sm90.cuh).
 #pragma once
 
 #include "base/tensor.h"
-#include "ops/kda/kda_operand.cuh"
+#include "cuda/operand.cuh"
 
 namespace kl::cuda {
 
@@ -35,8 +35,9 @@ struct PrefillCounters {
   int probed, open;         // probes that are over, and those that did not close their M
 };
 
+// What an operator adds to it are parameters of its producers.
 struct PrefillParams {
-  Operand q, k, v, g, beta, out;
+  Operand out;
   RowNumbers cu_seqlens;
   int sequences, heads, group;  // heads: value heads; group: value heads per query/key head
   Operand state;                // token_stride: of a slot; head_stride: of a head
@@ -45,13 +46,8 @@ struct PrefillParams {
   const int32_t *slot, *slot_out;
   const int32_t *checkpoint_row, *checkpoint_slot;
   int checkpoints;
-  GateParams gate;
-  KdaBeta beta_kind;
-  bool l2norm;
-  float l2_eps, scale;
   int segment_chunks;  // of a segment; a sequence has up to kMostSegments
   int first_shares;    // a sequence's first segment is this many times as long: it has no transition
-  bool bias_in_ring;   // dt_bias comes with the chunks
   bool probes;         // value items look by themselves whether their transition is negligible
 
   // Workspace; all but `counters` null where no sequence can have two segments. Up to `carried` it is

@@ -1,15 +1,24 @@
-// The Hopper prefill's pipeline inside one block: a ring of slots in shared memory, one chunk each.
+// The pipeline of a Hopper prefill inside one block: a ring of slots in shared memory, one chunk each.
 //
-//   loader (1 warp)       raw q, k, v, g of the next chunk         -> slot, `raw` barrier
-//   producers (7 warps)   a chunk each: gates, norms, decays, the inverse; in place -> `ready` barrier
+//   loader (1 warp)       raw rows of the next chunk                                  -> slot, `raw` barrier
+//   producers (7 warps)   a chunk each: decays, the inverse, factors; in place        -> `ready` barrier
 //   consumers (8 warps)   the state of 64 value channels per warpgroup, in registers  -> `free` barrier
 //
 // Chunk number n of the block goes through slot n % kSlots and producer n % kProducers. Nobody waits for a
 // whole block: each role follows the numbers on its own.
+//
+// An operator is a type with
+//
+//   Params              PrefillParams and what its producers need
+//   Maps                what the copy engine knows of its inputs
+//   Slot                how a slot is laid out (Ring says what is asked of it)
+//   kMayProbe           can its gates be known to forget soon (PrefillParams::probes)?
+//   load(...)           the copies of one chunk
+//   produce(...)        one producer warp, until the end
 #pragma once
 
+#include "cuda/prefill_segments.cuh"
 #include "cuda/tensor_map.h"
-#include "ops/kda/kda_chunk.cuh"
 
 namespace kl::cuda {
 
@@ -35,36 +44,43 @@ struct alignas(16) ChunkInfo {
   int checkpoint;  // first one at the end of this chunk; -1: none
 };
 
-// A slot's operands. A panel is 128 bytes wide: 64 bf16 channels (32 of an f32 gate), its rows' eight 16-byte
-// pieces swizzled by the row, as the copy engine leaves them and the tensor cores expect them.
-//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then -k·e^G and q·scale·e^G
-//   write   [panel][16]                         raw bf16 g; then (T^T)(k·e^(Gend - G))
-//   value   [panel][16]                         v
+// A panel is 128 bytes wide: 64 bf16 channels (32 of f32), its rows' eight 16-byte pieces swizzled by the
+// row, as the copy engine leaves them and the tensor cores expect them.
+constexpr uint32_t kPanelBytes = kChunkTokens * 128;
+
+// The ring in shared memory. Slot, an operator's, says
+//
+//   D, kSlots            channels; slots that fit
+//   kSlotBytes           of a slot, a multiple of 1024
+//   kPair                [panel][32 rows]  factors of products with the state: those of R, those of O
+//   kWrite               [panel][16 rows]  R's factors in the state
+//   kValue               [panel][16 rows]  v
+//   kValuesApart         v enters state and outputs by factors of its own ...
+//   kKeys, kSmall        ... those in the state, [panel][16 rows]; Br, Bo and A, 16 x 16 each. Without it A
+//                        stands outside the slots (kRead)
+//   kApartBytes          more of a slot, outside of it
+//   kScratchBytes        of a producer
+//
 // Rows past the end of a sequence hold whatever follows it in memory: nobody may let it into a sum.
-template <int D, bool kGateF32>
-struct Ring {
+template <class Slot>
+struct Ring : Slot {
+  using Slot::D, Slot::kSlots, Slot::kSlotBytes;
   static constexpr int kPanels = D / 64;
-  static constexpr int kSlots = kGateF32 && D == 128 ? 8 : 12;
-  static constexpr uint32_t kPanelBytes = kChunkTokens * 128;
-  static constexpr uint32_t kPair = 0;
-  static constexpr uint32_t kWrite = kPanels * 2 * kPanelBytes;
-  static constexpr uint32_t kValue = kPanels * 3 * kPanelBytes;
-  static constexpr uint32_t kSlotBytes = kPanels * 4 * kPanelBytes;
-  static constexpr uint32_t kGateBytes = kGateF32 ? kPanels * 2 * kPanelBytes : 0;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kGate = kSlots * kSlotBytes;           // [slot] f32 g in panels
-  static constexpr uint32_t kDecay = kGate + kSlots * kGateBytes;  // [slot][D] f32: dt_bias; then e^Gend
-  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;       // [slot] A T, 16 x 16 bf16
-  static constexpr uint32_t kScratch = kRead + kSlots * 512;
-  static constexpr uint32_t kScratchBytes = 16 * 20 * 4 + 2 * 512;           // [producer]
-  static constexpr uint32_t kStage = kScratch + kProducers * kScratchBytes;  // [consumer warp] 16 x 16 bf16
+  static constexpr uint32_t kApart = kSlots * kSlotBytes;  // [slot]
+  static constexpr uint32_t kDecay =
+      kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32: what the operator likes; then e^Gend
+  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;                             // [slot] A
+  static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);  // [producer]
+  static constexpr uint32_t kStage =
+      kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
   static constexpr uint32_t kBarriers = kInfo + kSlots * sizeof(ChunkInfo);  // raw, ready, free [slot]
   static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [2][consumer warp] f32
   static constexpr uint32_t kStopped = kNorms + 2 * 4 * kConsumerWarps;      // serial of the item ended early
   static constexpr uint32_t kBytes = kStopped + 16;
-  static_assert(kBytes <= 232448 && kSlots > kProducers);
+  static_assert(kBytes <= 232448 && kSlots > kProducers && kSlotBytes % 1024 == 0);
 
   char* memory;
   KL_DEVICE uint32_t base() const { return smem_address(memory); }
@@ -72,6 +88,15 @@ struct Ring {
   KL_DEVICE uint32_t raw(int s) const { return base() + kBarriers + 8 * s; }
   KL_DEVICE uint32_t ready(int s) const { return base() + kBarriers + 8 * (kSlots + s); }
   KL_DEVICE uint32_t free(int s) const { return base() + kBarriers + 8 * (2 * kSlots + s); }
+  KL_DEVICE uint32_t apart(int s) const { return base() + kApart + s * Slot::kApartBytes; }
+  // Right operands of 32 x 16: [Br, Bo] where values stand apart; A in the second half.
+  KL_DEVICE uint32_t value_matrix(int s) const { return slot(s) + Slot::kSmall; }
+  KL_DEVICE uint32_t read_matrix(int s) const {
+    if constexpr (Slot::kValuesApart)
+      return slot(s) + Slot::kSmall + 512;
+    else
+      return base() + kRead + s * 512 - 512;
+  }
   KL_DEVICE ChunkInfo& info(int s) const { return reinterpret_cast<ChunkInfo*>(memory + kInfo)[s]; }
   KL_DEVICE float* decay(int s) const { return reinterpret_cast<float*>(memory + kDecay) + s * D; }
   KL_DEVICE volatile int& stopped() const { return *reinterpret_cast<volatile int*>(memory + kStopped); }
@@ -96,11 +121,6 @@ KL_DEVICE uint32_t piece_at(int row, int piece) {
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
-// What the copy engine knows of the inputs.
-struct PrefillMaps {
-  CUtensorMap q, k, v, g;
-};
-
 // The first checkpoint past `row`.
 KL_DEVICE int first_checkpoint(const PrefillParams& p, int64_t row) {
   int low = 0, high = p.checkpoints;
@@ -115,47 +135,26 @@ KL_DEVICE int first_checkpoint(const PrefillParams& p, int64_t row) {
 }
 
 // One warp. All lanes find items; lane 0 alone walks the ring.
-template <int D, bool kGateF32>
+template <class Op>
 struct Loader {
-  using R = Ring<D, kGateF32>;
-  const PrefillParams& p;
-  const PrefillMaps& maps;
+  using R = Ring<typename Op::Slot>;
+  const typename Op::Params& p;
+  const typename Op::Maps& maps;
   R ring;
   Turn<R::kSlots> turn{0};
   int serial = 0;
 
-  KL_DEVICE Loader(const PrefillParams& params, const PrefillMaps& m, R r) : p(params), maps(m), ring(r) {}
+  KL_DEVICE Loader(const typename Op::Params& params, const typename Op::Maps& m, R r)
+      : p(params), maps(m), ring(r) {}
 
   KL_DEVICE void load_chunk(const ChunkInfo& info, int qk_head) {
     // Far ahead of the others: it may sleep, and leave them the issue slots.
     while (!mbarrier_try_wait(ring.free(turn.slot), turn.phase ^ 1)) __nanosleep(200);
     ring.info(turn.slot) = info;
-    const uint32_t bar = ring.raw(turn.slot), slot = ring.slot(turn.slot);
-    if (info.rows > 0) {
-      const bool value = info.item == Item::value;
-      const int token = static_cast<int>(info.token);
-      constexpr uint32_t kPanel = R::kPanelBytes, kGateBytes = kGateF32 ? R::kGateBytes : R::kPanels * kPanel;
-      mbarrier_arrive_expect_tx(
-          bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes + (p.bias_in_ring ? 4 * D : 0));
-      if (p.bias_in_ring)
-        bulk_load(smem_address(ring.decay(turn.slot)), p.gate.dt_bias + info.head * p.gate.dt_stride, 4 * D,
-                  bar);
-#pragma unroll
-      for (int panel = 0; panel < R::kPanels; ++panel) {
-        box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);
-        box_load(slot + R::kPair + panel * 2 * kPanel + kPanel, &maps.q, 64 * panel, qk_head, token, bar);
-        if (!kGateF32)
-          box_load(slot + R::kWrite + panel * kPanel, &maps.g, 64 * panel, info.head, token, bar);
-        if (value) box_load(slot + R::kValue + panel * kPanel, &maps.v, 64 * panel, info.head, token, bar);
-      }
-      if (kGateF32)
-#pragma unroll
-        for (int panel = 0; panel < 2 * R::kPanels; ++panel)
-          box_load(ring.base() + R::kGate + turn.slot * kGateBytes + panel * kPanel, &maps.g, 32 * panel,
-                   info.head, token, bar);
-    } else {
-      mbarrier_arrive(bar);
-    }
+    if (info.rows > 0)
+      Op::load(p, ring, turn.slot, maps, info, qk_head);
+    else
+      mbarrier_arrive(ring.raw(turn.slot));
     turn.advance(1);
   }
 

@@ -1,16 +1,18 @@
-// The consumers of the Hopper prefill: the items of a block (kda_chunk.cuh), one after the other. A
-// warpgroup has 64 value channels of the head's state; what it does with a chunk is kda_scan_sm90.cuh's.
+// The consumers of a Hopper prefill: the items of a block (prefill_segments.cuh), one after the other. A
+// warpgroup has 64 value channels of the head's state; what it does with a chunk is prefill_scan_sm90.cuh's.
 #pragma once
 
+#include "cuda/prefill_join_sm90.cuh"
+#include "cuda/prefill_scan_sm90.cuh"
 #include "cuda/reduce.cuh"
-#include "ops/kda/kda_scan_sm90.cuh"
-#include "ops/kda/kda_segments_sm90.cuh"
 
 namespace kl::cuda {
 
-template <int D, bool kGateF32>
+// kProbes: PrefillParams::probes.
+template <class Slot, bool kProbes>
 class Consumer {
-  using R = Ring<D, kGateF32>;
+  using R = Ring<Slot>;
+  static constexpr int D = Slot::D;
   static constexpr int kWarps = D / 16;
 
  public:
@@ -32,7 +34,7 @@ class Consumer {
       if (is_end(item)) return item == Item::join;
       const bool value = item == Item::value;
       int closed = 0;  // chunks after which M was closed; 0: it was not, or nobody looked
-      if (!value || (p.probes && info.segment_index > 0)) {
+      if (!value || (kProbes && info.segment_index > 0)) {
         const Turn<R::kSlots> first = turn;
         closed = run_transition(value);
         if (value) turn = first;  // the values pass through the same slots
@@ -44,7 +46,7 @@ class Consumer {
  private:
   const PrefillParams& p;
   R ring;
-  Scan<D, kGateF32> scan;
+  Scan<Slot> scan;
   int warp, lane, g, t;
   Turn<R::kSlots> turn{0};
   int norms = 0;  // which of the two buffers is next
@@ -206,7 +208,7 @@ class Consumer {
     if (info.segment_count == 1) return store_final(info, S);
     const int own = item(info);
     const bool is_state = info.segment_index == 0 || probed > 0;
-    if (p.probes && is_state && info.segment_index + 1 == info.segment_count) {
+    if (kProbes && is_state && info.segment_index + 1 == info.segment_count) {
       wait_for(own - info.segment_index * p.heads);  // the first segment has read what may be overwritten
       store_final(info, S);
     } else {
@@ -214,7 +216,7 @@ class Consumer {
     }
     __syncwarp();
     if (lane == 0) store_release(ready(own), is_state ? kState : kPart);
-    if (probed > 0) add_incoming(info, probed);
+    if (kProbes && probed > 0) add_incoming(info, probed);
   }
 
   // Adds the part that the state before the segment has in the outputs, where the state is known already; for

@@ -1,22 +1,26 @@
-// The arithmetic of the Hopper prefill's consumers: a warpgroup carries 64 value channels of one head's state
-// through a chunk, transposed, as the f32 accumulators of its matrix instructions. With the factors that
-// kda_factors_sm90.cuh names:
+// The arithmetic of a Hopper prefill's consumers: a warpgroup carries 64 value channels of one head's state
+// through a chunk, transposed, as the f32 accumulators of its matrix instructions. With factors that the
+// operator's producers have prepared, one row a token:
 //
-//   [R | O]  = [v | 0]^T + S^T [-k e^G | scale q e^G]^T        64 x 32 x D
-//   O       += R (A T)^T                                       64 x 16 x 16
-//   S^T      = S^T Diag(e^Gend) + R (T^T (k e^(Gend - G)))     64 x D x 16
+//   [R | O]  = [v | 0]^T + S^T [Er | Eo]^T      64 x 32 x D
+//   O       += R A^T                            64 x 16 x 16
+//   S^T      = S^T Diag(e^Gend) + R F           64 x D x 16
+//
+// Where v enters apart from R (Slot::kValuesApart) the first line has v^T [Br | Bo]^T in place of [v | 0]^T,
+// one more step of 16, and the last one more product, v^T Fv.
 //
 // S and R are rounded to bf16 where they are left operands; accumulators are rearranged into them inside a
 // thread. Lane (g, t) of warp w has value channels 16 w + g and 16 w + g + 8.
 #pragma once
 
-#include "ops/kda/kda_pipeline_sm90.cuh"
+#include "cuda/prefill_pipeline_sm90.cuh"
 
 namespace kl::cuda {
 
-template <int D, bool kGateF32>
+template <class Slot>
 class Scan {
-  using R = Ring<D, kGateF32>;
+  using R = Ring<Slot>;
+  static constexpr int D = Slot::D;
 
  public:
   KL_DEVICE Scan(R r, int w) : ring(r), warp(w), this_lane(static_cast<int>(threadIdx.x % 32)) {}
@@ -32,15 +36,25 @@ class Scan {
     const int slot = __shfl_sync(0xffffffffu, at, 0);
     const uint32_t base = ring.slot(slot);
     const uint64_t pair = wgmma_matrix(base + R::kPair, 16, 1024, WgmmaLayout::swizzle_128);
-    const uint64_t write = wgmma_matrix(base + R::kWrite, R::kPanelBytes, 1024, WgmmaLayout::swizzle_128);
+    const uint64_t write = wgmma_matrix(base + R::kWrite, kPanelBytes, 1024, WgmmaLayout::swizzle_128);
 
     float RO[16];  // R of tokens 0-7, 8-15, O of tokens 0-7, 8-15
 #pragma unroll
     for (int i = 0; i < 16; ++i) RO[i] = 0;
-    if (kValue) {
-      uint32_t v[4];  // matrix m: tokens 8 (m % 2) ..., value channels 8 (m / 2) ...
-      ldmatrix_x4_trans(
-          v, base + R::kValue + warp / 4 * R::kPanelBytes + piece_at(lane % 16, 2 * (warp % 4) + lane / 16));
+    constexpr bool kApart = kValue && Slot::kValuesApart;
+    uint32_t v[4];
+    if constexpr (kApart) {  // a left operand: value channels 8 (m % 2) ..., tokens 8 (m / 2) ...
+      load_values(base, lane % 8 + lane / 16 * 8, lane / 8 % 2, v);
+      if (last) {
+        const int rows = ring.info(slot).rows;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const int token = 2 * t + m / 2 * 8;
+          v[m] &= token + 1 < rows ? 0xffffffffu : token < rows ? 0xffffu : 0u;
+        }
+      }
+    } else if constexpr (kValue) {
+      load_values(base, lane % 16, lane / 16, v);  // tokens 8 (m % 2) ..., value channels 8 (m / 2) ...
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int e = 4 * (m % 2) + 2 * (m / 2);
@@ -70,9 +84,10 @@ class Scan {
     wgmma_pin<D / 2>(S);
     wgmma_pin<16>(RO);
     wgmma_fence();
+    if constexpr (kApart) wgmma_m64n32k16<0>(RO, v, small_matrix(ring.value_matrix(slot)));
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
-      wgmma_m64n32k16<0>(RO, s[step], pair + (step / 4 * 2 * R::kPanelBytes + step % 4 * 32) / 16);
+      wgmma_m64n32k16<0>(RO, s[step], wgmma_behind(pair, step / 4 * 2 * kPanelBytes + step % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin<16>(RO);
@@ -81,14 +96,12 @@ class Scan {
     wgmma_pin<16>(RO);
     wgmma_pin<D / 2>(S);
     wgmma_fence();
-    // The first half of this product's right operand is whatever stands before A T, and its result is not
-    // used: an accumulator of eight registers inside one of sixteen would be serialised.
-    wgmma_m64n32k16<0>(RO, r,
-                       wgmma_matrix(ring.base() + R::kRead + slot * 512 - 512, 128, 256, WgmmaLayout::plain));
-    if constexpr (D == 128)
-      wgmma_m64n128k16<1>(S, r, write);
-    else
-      wgmma_m64n64k16<1>(S, r, write);
+    // The first half of this product's right operand is whatever stands before A, and its result is not used:
+    // an accumulator of eight registers inside one of sixteen would be serialised.
+    wgmma_m64n32k16<0>(RO, r, small_matrix(ring.read_matrix(slot)));
+    update(S, r, write);
+    if constexpr (kApart)
+      update(S, v, wgmma_matrix(base + R::kKeys, kPanelBytes, 1024, WgmmaLayout::swizzle_128));
     wgmma_commit();
     const int checkpoint = kValue ? ring.info(slot).checkpoint : -1;
     wgmma_wait<0>();
@@ -108,6 +121,21 @@ class Scan {
   }
 
  private:
+  // Four blocks of 8 x 8, transposed, of the warp's value channels.
+  KL_DEVICE void load_values(uint32_t slot, int token, int piece, uint32_t (&v)[4]) const {
+    ldmatrix_x4_trans(v, slot + R::kValue + warp / 4 * kPanelBytes + piece_at(token, 2 * (warp % 4) + piece));
+  }
+  // 32 rows of 16, in 8 x 8 blocks of 128 bytes.
+  KL_DEVICE static uint64_t small_matrix(uint32_t at) {
+    return wgmma_matrix(at, 128, 256, WgmmaLayout::plain);
+  }
+  KL_DEVICE static void update(float* S, const uint32_t (&left)[4], uint64_t right) {
+    if constexpr (D == 128)
+      wgmma_m64n128k16<1>(S, left, right);
+    else
+      wgmma_m64n64k16<1>(S, left, right);
+  }
+
   R ring;
   int warp, this_lane;
 };

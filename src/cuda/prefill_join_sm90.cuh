@@ -1,9 +1,9 @@
-// What makes one recurrence out of segments that were worked on separately (kda_chunk.cuh): the states before
-// them, one after the other, and their part in the outputs. Where a segment's transition is closed the state
-// after it is its own, and its neighbours' states are never touched.
+// What makes one recurrence out of segments that were worked on separately (prefill_segments.cuh): the states
+// before them, one after the other, and their part in the outputs. Where a segment's transition is closed the
+// state after it is its own, and its neighbours' states are never touched.
 #pragma once
 
-#include "ops/kda/kda_pipeline_sm90.cuh"
+#include "cuda/prefill_pipeline_sm90.cuh"
 
 namespace kl::cuda {
 
@@ -65,8 +65,9 @@ class StatePart {
 };
 
 // The consumers of a block, when its ring is done with.
-template <int D, bool kGateF32>
+template <class Slot>
 class Joiner {
+  static constexpr int D = Slot::D;
   static constexpr int kThreads = 2 * D;
   static constexpr int kApplyTokens = 512;  // of an item
   static constexpr int kStateRow = D + 8;
@@ -80,7 +81,7 @@ class Joiner {
     int progress[kMostSegments];
     int next;
   };
-  static_assert(sizeof(Memory) <= Ring<D, kGateF32>::kDecay);  // where there is nothing but chunks
+  static_assert(sizeof(Memory) <= Ring<Slot>::kDecay);  // where there is nothing but chunks
 
  public:
   KL_DEVICE Joiner(const PrefillParams& params, char* memory)

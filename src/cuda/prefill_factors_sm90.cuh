@@ -1,0 +1,254 @@
+// What the producers of the Hopper prefills have in common: one warp turns the raw operands of one chunk of
+// 16 tokens into the factors of its operator's chunkwise recurrence, in place, without a word to any other
+// warp.
+//
+// All of it stands in the fragments of mma.sync: with g = lane / 4 and t = lane % 4 a lane has tokens g and
+// g + 8 of channels 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16; element e = 4 (channel / 8) + 2 (token / 8) +
+// channel % 2. The same registers are the left operand of a product over channels and the right one of
+// another, so products of two tokens' rows never leave them.
+//
+// With G_i the inclusive sum of log2-decays from the chunk's start to token i, per channel, and Gm that of
+// tokens 0 to 7, decays between two tokens are split at the middle of the chunk, 2^(G_i - Gm) · 2^(Gm - G_j):
+// good as long as no channel decays by more than about 2^118 in the chunk. Where one does, its 16 channels
+// take every pair (i, j) by itself. Products above the diagonal may be inf and are never looked at.
+#pragma once
+
+#include "cuda/prefill_pipeline_sm90.cuh"
+
+namespace kl::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is its product with anything
+
+KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
+KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+// Decays of 16 channels: of the lane's elements from and to the middle of the chunk, and of channels 2t, 2t +
+// 1, 2t + 8 and 2t + 9 those of the halves, 2^Gm and 2^(Gend - Gm), and of the chunk.
+struct MiddleDecays {
+  float from[8], to[8];
+  float first[4], second[4], chunk[4];
+};
+
+template <class Slot>
+class FactorWarp {
+ protected:
+  using R = Ring<Slot>;
+  static constexpr int D = Slot::D;
+
+  KL_DEVICE explicit FactorWarp(R r)
+      : ring(r), lane(static_cast<int>(threadIdx.x % 32)), g(lane / 4), t(lane % 4) {
+    // Rows of the sums over a half of the chunk, as left operands: for token i < 7 minus the sum of tokens
+    // i + 1 to 7, in row 7 the sum of tokens 0 to 7, for i > 7 the sum of tokens 8 to i. All relative to the
+    // middle, so that a steep token does not cost the others their precision.
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = 2 * t + i;
+      sums[0][i] = __float_as_uint(g == 7 ? 1.f : token > g ? -1.f : 0.f);
+      sums[1][i] = __float_as_uint(token <= g ? 1.f : 0.f);
+    }
+  }
+
+  R ring;
+  int lane, g, t;
+  uint32_t sums[2][2];  // of each half; for tokens 2t and 2t + 1 of it
+
+  // Chunk after chunk of the ring, from slot `warp` on: make(slot, info, all 16 tokens are there).
+  template <class Make>
+  KL_DEVICE void follow_ring(int warp, Make&& make) const {
+    Turn<R::kSlots> turn(warp);
+    for (;;) {
+      mbarrier_wait(ring.raw(turn.slot), turn.phase);
+      const ChunkInfo& info = ring.info(turn.slot);
+      const bool end = is_end(info.item);
+      if (info.rows == kChunkTokens)
+        make(turn.slot, info, std::true_type{});
+      else if (info.rows > 0)
+        make(turn.slot, info, std::false_type{});
+      fence_proxy_async();  // the factors become visible to the tensor cores
+      __syncwarp();
+      if (lane == 0) mbarrier_arrive(ring.ready(turn.slot));
+      if (end) return;
+      turn.advance(kProducers);
+    }
+  }
+
+  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels kApart bytes apart, its
+  // address of the first row of a matrix is that of token `row`.
+  template <uint32_t kApart>
+  KL_DEVICE uint32_t block(uint32_t region, int step, int row) const {
+    return region + step / 4 * kApart + piece_at(row, 2 * (step % 4) + lane / 16);
+  }
+  template <uint32_t kApart>
+  KL_DEVICE uint32_t block(uint32_t region, int step) const {
+    return block<kApart>(region, step, lane % 16);
+  }
+
+  // Elements -> fragment.
+  KL_DEVICE static void pack(const float (&f)[8], uint32_t (&r)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int e = 4 * (i / 2) + 2 * (i % 2);
+      r[i] = pack_bf16(f[e], f[e + 1]);
+    }
+  }
+
+  // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. x are tokens 2t,
+  // 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands). Log-decays are rounded to 11 bits, without
+  // bias. A decayed weight e^G is off by |G| e^G times that, never by more than 2^-13 of what it is a weight
+  // of.
+  KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
+    float d[2][4] = {};
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      const float* y = x + 4 * tile;
+      mma_tf32(d[tile], {sums[0][0], 0, sums[0][1], 0}, to_tf32(y[0]), to_tf32(y[1]));
+      mma_tf32(d[tile], {0, sums[1][0], 0, sums[1][1]}, to_tf32(y[2]), to_tf32(y[3]));
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum[e] = d[e / 4][e % 4];
+  }
+
+  KL_DEVICE MiddleDecays decays(const float (&sum)[8]) const {
+    MiddleDecays d;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) d.from[e] = exp2_approx(sum[e]), d.to[e] = exp2_approx(-sum[e]);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int e = 4 * (c / 2) + c % 2;
+      d.first[c] = __shfl_sync(0xffffffffu, d.from[e], 28 + t);
+      d.second[c] = __shfl_sync(0xffffffffu, d.from[e + 2], 28 + t);
+      if (g == 7) d.from[e] = d.to[e] = 1.f;
+      d.chunk[c] = d.first[c] * d.second[c];
+    }
+    return d;
+  }
+  // Do some of the 16 channels, of any lane, decay by more than that?
+  KL_DEVICE static bool steep(const MiddleDecays& d, float least) {
+    return __any_sync(0xffffffffu,
+                      fminf(fminf(d.chunk[0], d.chunk[1]), fminf(d.chunk[2], d.chunk[3])) < least);
+  }
+
+  // For 16 channels in which half a chunk may decay by more than an f32 can hold: decays of the elements from
+  // the chunk's start and to its end, and of the chunk. `sum` becomes that from the middle in row 7 too.
+  struct WholeDecays {
+    float from_start[8], to_end[8], chunk[4];
+  };
+  KL_DEVICE WholeDecays whole_decays(float (&sum)[8]) const {
+    WholeDecays d;
+    float first[4], second[4];  // logs
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int e = 4 * (c / 2) + c % 2;
+      first[c] = __shfl_sync(0xffffffffu, sum[e], 28 + t);
+      second[c] = __shfl_sync(0xffffffffu, sum[e + 2], 28 + t);
+      if (g == 7) sum[e] = 0.f;
+      d.chunk[c] = exp2_approx(first[c] + second[c]);
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const int c = 2 * (e / 4) + e % 2;
+      d.from_start[e] = exp2_approx(sum[e] + first[c]);
+      d.to_end[e] = exp2_approx(second[c] - sum[e]);
+    }
+    return d;
+  }
+  // Calls f(e, i, j, decay) for the lane's elements [e / 4][e % 4] of a 16 x 16 product, all lanes together;
+  // decay(c) is channel c's from token j to i >= j. place(token, channel) is a float of the warp's for each
+  // of the 16 channels. The differences of sums over one side of the middle are sums over the tokens between.
+  template <class Place, class F>
+  KL_DEVICE void for_each_pair(const float (&sum)[8], Place&& place, F&& f) const {
+    __syncwarp();
+#pragma unroll
+    for (int e = 0; e < 8; ++e) place(g + e / 2 % 2 * 8, 2 * t + e % 2 + e / 4 * 8) = sum[e];
+    __syncwarp();
+#pragma unroll 1
+    for (int e = 0; e < 8; ++e) {
+      const int i = g + e % 4 / 2 * 8, j = 2 * t + e % 2 + e / 4 * 8;
+      f(e, i, j, [&](int c) { return exp2_approx(place(i, c) - place(j, c)); });
+    }
+    __syncwarp();
+  }
+  // Element (row, channel) of the 16 x 16 block `step`, as the caller gave it.
+  template <uint32_t kApart>
+  KL_DEVICE float element(uint32_t region, int step, int row, int channel) const {
+    const char* memory = ring.memory - ring.base();
+    return to_float(*reinterpret_cast<const bf16*>(
+        memory + region + step / 4 * kApart + piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
+  }
+
+  // The inverse of I + L by forward substitution in f32, a column a lane: x is column j of it times `factor`.
+  // Leaves its transpose as two bf16 terms, a left operand, x in row lane % 16. rows: L with kInverseRow
+  // floats to a row, of which what stands under the diagonal is used; terms: 1024 bytes.
+  static constexpr int kInverseRow = 20;
+  KL_DEVICE void invert(const float* rows, float* terms_at, int j, float factor, uint32_t (&high)[4],
+                        uint32_t (&low)[4]) const {
+    float x[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float row[16];
+#pragma unroll
+      for (int l = 0; l < i; l += 4)
+        *reinterpret_cast<float4*>(row + l) = *reinterpret_cast<const float4*>(rows + i * kInverseRow + l);
+      float even = i == j ? 1.f : 0.f, odd = 0;
+#pragma unroll
+      for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(-row[l], x[l], l % 2 ? odd : even);
+      x[i] = even + odd;
+    }
+    uint32_t terms[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float a = x[2 * i] * factor, b = x[2 * i + 1] * factor;
+      terms[i] = pack_bf16(a, b);
+      if (lane >= 16) terms[i] = pack_bf16(a - low_half(terms[i]), b - high_half(terms[i]));
+    }
+    uint4* to = reinterpret_cast<uint4*>(terms_at) + 2 * lane;  // lanes 16 to 31: the second term
+    to[0] = {terms[0], terms[1], terms[2], terms[3]};
+    to[1] = {terms[4], terms[5], terms[6], terms[7]};
+    __syncwarp();
+    const uint32_t from = smem_address(terms_at) + lane % 16 * 32 + lane / 16 * 16;
+    ldmatrix_x4(high, from);
+    ldmatrix_x4(low, from + 512);
+  }
+
+  // Of a product of tokens i and j what stands above the diagonal becomes 0.
+  KL_DEVICE void keep_lower(float (&x)[2][4]) const {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int r = 0; r < 4; ++r)
+        if (g + r / 2 * 8 < 2 * t + r % 2 + 8 * tile) x[tile][r] = 0.f;
+  }
+
+  // z = A · (the inverse), for the outputs.
+  KL_DEVICE static void fold_outputs(const float (&A)[2][4], const uint32_t (&high)[4],
+                                     const uint32_t (&low)[4], float (&z)[2][4]) {
+    const uint32_t a[4] = {pack_bf16(A[0][0], A[0][1]), pack_bf16(A[0][2], A[0][3]),
+                           pack_bf16(A[1][0], A[1][1]), pack_bf16(A[1][2], A[1][3])};
+    mma_bf16(z[0], a, high[0], high[2]);
+    mma_bf16(z[1], a, high[1], high[3]);
+    mma_bf16(z[0], a, low[0], low[2]);
+    mma_bf16(z[1], a, low[1], low[3]);
+  }
+
+  // (The inverse)^T · rows, in place, for the state.
+  KL_DEVICE void fold_rows(uint32_t region, const uint32_t (&high)[4], const uint32_t (&low)[4]) const {
+#pragma unroll 2
+    for (int step = 0; step < D / 16; ++step) {
+      const uint32_t at = block<kPanelBytes>(region, step);
+      uint32_t b[4];
+      ldmatrix_x4_trans(b, at);
+      float d[2][4] = {};
+      mma_bf16(d[0], high, b[0], b[1]);
+      mma_bf16(d[1], high, b[2], b[3]);
+      mma_bf16(d[0], low, b[0], b[1]);
+      mma_bf16(d[1], low, b[2], b[3]);
+      const uint32_t out[4] = {pack_bf16(d[0][0], d[0][1]), pack_bf16(d[0][2], d[0][3]),
+                               pack_bf16(d[1][0], d[1][1]), pack_bf16(d[1][2], d[1][3])};
+      __syncwarp();  // the block has been read by every lane
+      stmatrix_x4(at, out);
+    }
+  }
+};
+
+}  // namespace kl::cuda
