@@ -1,12 +1,16 @@
 // kimi-linear chat: a conversation on the terminal. Each turn feeds only what is new, because the session
 // keeps its state.
 #include <histedit.h>
+#include <poll.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <clocale>
 #include <cstdio>
 #include <cstdlib>
+#include <cwchar>
 #include <iostream>
 
 #include "commands.h"
@@ -33,6 +37,8 @@ class LineReader {
  public:
   LineReader() {
     if (!stdin_is_terminal()) return;
+    // The editor asks the locale what bytes make a character.
+    if (!std::setlocale(LC_CTYPE, "") || MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");
     editor_ = el_init("kimi-linear", stdin, stderr, stderr);  // standard output is for answers
     history_ = history_init();
     HistEvent event;
@@ -43,6 +49,7 @@ class LineReader {
     el_set(editor_, EL_EDITOR, "emacs");
     el_set(editor_, EL_HIST, history, history_);
     el_set(editor_, EL_SIGNAL, 0);
+    el_set(editor_, EL_GETCFN, &LineReader::next_character);
     el_source(editor_, nullptr);  // the user's ~/.editrc
     history_file_ = find_history_file();
     if (!history_file_.empty()) history(history_, &event, H_LOAD, history_file_.c_str());
@@ -88,6 +95,32 @@ class LineReader {
     void* self = nullptr;
     el_get(editor, EL_CLIENTDATA, &self);
     return static_cast<LineReader*>(self)->prompt_.data();
+  }
+
+  // For the editor: 1 and the next character of standard input, 0 at its end, -1 where there was an error or
+  // Ctrl-C. It does not sleep in read(), because a signal that arrives just before that would be noticed with
+  // the next key only; so would one that another thread takes.
+  static int next_character(EditLine*, wchar_t* character) {
+    std::mbstate_t state{};
+    for (;;) {
+      pollfd input{.fd = STDIN_FILENO, .events = POLLIN, .revents = 0};
+      const int ready = poll(&input, 1, 100);
+      if (interrupted) {
+        errno = EINTR;
+        return -1;
+      }
+      if (ready < 0 && errno != EINTR) return -1;
+      if (ready <= 0) continue;
+      char byte = 0;
+      const ssize_t n = ::read(STDIN_FILENO, &byte, 1);
+      if (n == 0) return 0;
+      if (n < 0 && errno != EINTR && errno != EAGAIN) return -1;
+      if (n < 0) continue;
+      const size_t used = std::mbrtowc(character, &byte, 1, &state);
+      if (used == 0) *character = L'\0';
+      if (used <= 1) return 1;
+      if (used == static_cast<size_t>(-1)) state = {};  // not a character of this locale: left out
+    }
   }
 
   // $XDG_STATE_HOME/kimi-linear/history; "" if the folder cannot be made.

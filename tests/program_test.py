@@ -598,8 +598,8 @@ class Chat(unittest.TestCase):
             seen = seen[seen.index(text) + len(text):]
 
         wait_for(b"> ")
-        os.write(terminal, b"Tell me everything.\r")
-        wait_for(b"everything.")
+        os.write(terminal, "Tell me everything, \u00e9l\u00e8ve \u2026 please.\r".encode())
+        wait_for("\u00e9l\u00e8ve \u2026 please.".encode())
         time.sleep(0.5)  # it never stops by itself (--ignore-eos)
         os.write(terminal, b"\x03")
         wait_for(b"(stopped)")
