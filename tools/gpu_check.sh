@@ -57,7 +57,7 @@ figures() {
   local log=$logs/$(tr -c 'a-z0-9\n' _ <<<"${1,,}").log
   [ -e "$log" ] && { echo "-- $1"; cat "$log"; }
 }
-# unit PROGRAM FILTER: its tests in four processes, because the references on the CPU take most of the time.
+# shards PROGRAM FILTER: its tests in four processes, because the references on the CPU take most of the time.
 shards() {
   local i status=0 pids=()
   for i in 0 1 2 3; do
@@ -72,7 +72,7 @@ shards() {
                    failed + 0 " failed, " skipped + 0 " skipped" }' "$logs"/shard[0-3]
   return $status
 }
-unit() {
+unit() {  # unit PROGRAM FILTER, the program of the build folder
   if ! [ -e "$build/$1" ]; then row "$1" absent "$build/$1 is not there" 0; return; fi
   run "$1" '^\[  (PASSED|FAILED|SKIPPED)' shards "$build/$1" "$2"
 }

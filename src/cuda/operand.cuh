@@ -184,4 +184,19 @@ KL_DEVICE SequenceWork sequence_work(const PackedStates& p, int n) {
 KL_DEVICE float softplus(float x) { return fmaxf(x, 0.f) + log1pf(expf(-fabsf(x))); }
 KL_DEVICE float sigmoid(float x) { return __fdividef(1.f, 1.f + expf(-x)); }
 
+// The first checkpoint whose row lies behind `row`; p.checkpoints if none does. Params: checkpoint_row,
+// ascending, and checkpoints, their number.
+template <class Params>
+KL_DEVICE int first_checkpoint(const Params& p, int64_t row) {
+  int low = 0, high = p.checkpoints;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (p.checkpoint_row[middle] > row)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
 }  // namespace kl::cuda

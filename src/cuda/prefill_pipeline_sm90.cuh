@@ -121,19 +121,6 @@ KL_DEVICE uint32_t piece_at(int row, int piece) {
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
-// The first checkpoint past `row`.
-KL_DEVICE int first_checkpoint(const PrefillParams& p, int64_t row) {
-  int low = 0, high = p.checkpoints;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (p.checkpoint_row[middle] > row)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
-}
-
 // One warp. All lanes find items; lane 0 alone walks the ring.
 template <class Op>
 struct Loader {

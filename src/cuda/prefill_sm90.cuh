@@ -118,6 +118,10 @@ inline PrefillCut cut_invariant(int64_t heads, bool strong) {
   return {};
 }
 
+// Chunks after which a transition is expected to be negligible where nothing is known of the gate: one of
+// softplus with the usual start.
+constexpr int64_t kClosedAfter = 110;
+
 // What cuts are chosen by.
 struct PrefillShape {
   int64_t T, N, heads, D;
@@ -150,6 +154,11 @@ inline PrefillPlan prefill_plan(const PrefillShape& shape) {
   if (most > plan.N) plan.segments = most;
   plan.workspace = prefill_workspace(plan.T, plan.N, plan.heads, plan.D, plan.segments);
   return plan;
+}
+
+inline void check_workspace(const char* operation, const Tensor& workspace, const PrefillPlan& plan) {
+  KL_CHECK(workspace && workspace.bytes() >= plan.workspace.total, operation, ": expected a workspace of ",
+           plan.workspace.total, " bytes, found ", workspace ? workspace.bytes() : 0);
 }
 
 // What every prefill has among its arguments; absent tensors are absent there too.

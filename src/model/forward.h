@@ -23,7 +23,8 @@ struct ForwardOptions {
 Tensor forward(Ctx&, const Model&, const Batch&, State&, Arena& arena, const ForwardOptions& = {});
 
 // Bytes of `arena` that forward() takes for `tokens` new tokens of one sequence, however long it is already;
-// with exact activations (rounded ones take up to a half more).
+// with exact activations (rounded ones are copies besides, half as large as what operators take from
+// ctx.scratch).
 int64_t forward_bytes(const Config&, int64_t tokens, int threads);
 
 }  // namespace kl

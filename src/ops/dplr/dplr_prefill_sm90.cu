@@ -14,7 +14,7 @@ PrefillPlan make_plan(const DplrArgs& a) {
                        .D = a.q.size(2),
                        .whole = false,
                        .strong = false,
-                       .closed = 110,  // as KDA expects of a gate that it does not know
+                       .closed = kClosedAfter,
                        .batch_invariant = false});
 }
 
@@ -33,9 +33,7 @@ int64_t dplr_prefill_sm90_workspace(const DplrArgs& a) { return make_plan(a).wor
 void dplr_prefill_sm90(const Ctx& ctx, const DplrArgs& a) {
   const PrefillPlan plan = make_plan(a);
   if (plan.N == 0) return;
-  KL_CHECK(a.workspace && a.workspace.bytes() >= plan.workspace.total,
-           "dplr prefill: expected a workspace of ", plan.workspace.total, " bytes, found ",
-           a.workspace ? a.workspace.bytes() : 0);
+  check_workspace("dplr prefill", a.workspace, plan);
   const PrefillTensors tensors{.out = a.out,
                                .cu_seqlens = a.cu_seqlens,
                                .state = a.state,

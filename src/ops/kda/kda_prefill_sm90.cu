@@ -7,11 +7,11 @@
 namespace kl::cuda {
 namespace {
 
-// A bounded gate's channels have about a third of the bound; one of softplus with the usual start is slower.
+// A bounded gate's channels have about a third of the bound.
 int64_t expected_to_close(const KdaGate& gate) {
   if (gate.kind == KdaGateKind::bounded && gate.lower_bound < 0)
     return static_cast<int64_t>(std::clamp(-6 / gate.lower_bound, 4.f, 4096.f));
-  return 110;
+  return kClosedAfter;
 }
 
 PrefillPlan make_plan(const KdaArgs& a) {
@@ -63,9 +63,7 @@ int64_t kda_prefill_sm90_workspace(const KdaArgs& a) { return make_plan(a).works
 void kda_prefill_sm90(const Ctx& ctx, const KdaArgs& a) {
   const PrefillPlan plan = make_plan(a);
   if (plan.N == 0) return;
-  KL_CHECK(a.workspace && a.workspace.bytes() >= plan.workspace.total,
-           "kda prefill: expected a workspace of ", plan.workspace.total, " bytes, found ",
-           a.workspace ? a.workspace.bytes() : 0);
+  check_workspace("kda prefill", a.workspace, plan);
   const KdaPrefillParams p = make_params(a, plan);
   KdaPrefillMaps maps{};  // not looked at where there is no token
   if (plan.T > 0)

@@ -218,17 +218,4 @@ inline StepParams step_params(const KdaArgs& a) {
 
 KL_DEVICE int qk_head(const StepParams& p, int head) { return p.group == 1 ? head : head / p.group; }
 
-// The first checkpoint whose row lies behind `row`; p.checkpoints if none does.
-KL_DEVICE int first_checkpoint(const StepParams& p, int64_t row) {
-  int low = 0, high = p.checkpoints;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (p.checkpoint_row[middle] > row)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  return low;
-}
-
 }  // namespace kl::cuda
