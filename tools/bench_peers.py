@@ -12,8 +12,9 @@ exceed the L2 cache; a graph that cannot be captured is timed by events around p
 
 Peers: chunk_kda and fused_recurrent_kda of fla (Triton); kimi_delta_attention of the cuDNN frontend, pinned to the plan
 kda_hopper_cuda, with a bf16 gate (its own conversion pass included) and with an f32 gate; flash_kda. Triton kernels are
-autotuned over all their configurations, which several processes compile ahead; --quick leaves fla out where another
-number of heads would mean another compilation.
+autotuned over all their configurations for 8 and for 32 heads, as their own cache does not tell other numbers apart
+either (FLA_CACHE_MODE=fuzzy), and several processes compile ahead; with a budget fla's softplus gate runs with 32 heads
+only, and --quick leaves fla out with other numbers than 32 and 96.
 
 On the first shape o is compared with the recurrence in f64 over its first tokens (rel-RMS), and each peer with ours
 over all of it. Ours FAILED where it is too far from f64; a peer that disagrees is reported.
@@ -51,6 +52,7 @@ def prefill_shapes():
 
 DECODE = [("decode B1 H32", 1, 32), ("decode B64 H32", 64, 32), ("decode B256 H32", 256, 32)]
 QUICK_HEADS = (32, 96)  # of fla's rows in --quick
+TUNED_HEADS, TUNED_TOKENS = (8, 32), 8192  # where fla's autotuners choose; elsewhere the nearest choice is taken
 
 
 # ---- libkda: include/kda/kda.h, version 1 ----
@@ -325,7 +327,7 @@ def rel_rms(x, y):
     return float(((x - y).square().sum() / y.square().sum()).sqrt())
 
 
-# ---- Triton's configurations, compiled by several processes ahead ----
+# ---- Triton's configurations: chosen at some numbers of heads, compiled by several processes ahead ----
 
 def shorten_benchmarks():
     """Triton times each configuration for 125 ms; a tenth of that picks as well at these lengths."""
@@ -337,42 +339,103 @@ def shorten_benchmarks():
     triton.testing.do_bench = do_bench
 
 
-def compile_share(index, count, combinations, done):
-    """Compiles every count-th configuration of each kernel into Triton's cache on disk; counts what is complete."""
-    try:
-        import torch
-        import triton.testing
-        from triton.runtime import autotuner
-
-        def once(fn, quantiles=None, **more):
-            fn()
-            torch.cuda.synchronize()
-            return [1.0] * len(quantiles) if quantiles else 1.0
-        triton.testing.do_bench = once
-        original = autotuner.Autotuner.__init__
-
-        def init(self, *args, **more):
-            original(self, *args, **more)
-            self.configs = self.configs[index::count] or [self.configs[index % len(self.configs)]]
-        autotuner.Autotuner.__init__ = init
-        with torch.no_grad():
-            for n, (H, gate) in enumerate(combinations):
-                fla_prefill(Inputs([1024], H, 1), gate)
-                torch.cuda.synchronize()
-                with done.get_lock():
-                    done[n] += 1
-    except Exception as reason:
-        if index == 0:
-            print(f"  (compiling ahead: {first_line(reason)})", file=sys.stderr)
-    os._exit(0)
+def tuned_heads(H):
+    return min(TUNED_HEADS, key=lambda tuned: abs(math.log(tuned / H)))
 
 
-def compile_ahead(combinations, seconds):
-    """Of (heads, gate): those that every process has finished."""
-    count = max(1, min(14, (os.cpu_count() or 2) - 2))
-    context = multiprocessing.get_context("fork")  # torch is imported, the GPU not yet touched
-    done = context.Array("i", len(combinations))
-    workers = [context.Process(target=compile_share, args=(i, count, combinations, done)) for i in range(count)]
+def patch_autotuner(before=None, after=None):
+    """before(autotuner) and after(autotuner, kernel's name) around each call of an autotuned kernel."""
+    from triton.runtime import autotuner
+    original = autotuner.Autotuner.run
+
+    def run(self, *arguments, **more):
+        if before:
+            before(self)
+        result = original(self, *arguments, **more)
+        if after:
+            after(self, self.base_fn.__name__)
+        return result
+    autotuner.Autotuner.run = run
+
+
+class Tuned:
+    """Each kernel's configuration at each of TUNED_HEADS; `heads` says whose are taken."""
+
+    def __init__(self):
+        self.chosen, self.heads = {}, 0
+
+    def prefill(self, x, gate):
+        self.heads = tuned_heads(x.H)
+        return fla_prefill(x, gate)
+
+    def note(self, autotuner, name):
+        self.chosen[name, self.heads] = autotuner.best_config
+
+    def apply(self, autotuner):
+        config = self.chosen.get((autotuner.base_fn.__name__, self.heads))
+        if config is not None:
+            autotuner.configs = [config]
+
+
+def compile_configurations(index, count, jobs, done):
+    """Every count-th configuration of each kernel into Triton's cache on disk."""
+    import torch
+    import triton.testing
+
+    def once(fn, quantiles=None, **more):
+        fn()
+        torch.cuda.synchronize()
+        return [1.0] * len(quantiles) if quantiles else 1.0
+    triton.testing.do_bench = once
+    whole = {}
+
+    def share(autotuner):
+        configs = whole.setdefault(id(autotuner), autotuner.configs)
+        autotuner.configs = configs[index::count] or [configs[index % len(configs)]]
+    patch_autotuner(before=share)
+    for n, (lengths, H, gate) in enumerate(jobs):
+        fla_prefill(Inputs(lengths, H, 1), gate)
+        torch.cuda.synchronize()
+        done[n] = 1
+
+
+def choose_configurations(jobs, to):
+    """Lets the autotuners choose; their choices go into the pipe `to`."""
+    import torch
+    shorten_benchmarks()
+    tuned = Tuned()
+    patch_autotuner(after=tuned.note)
+    for lengths, H, gate in jobs:
+        tuned.prefill(Inputs(lengths, H, 1), gate)
+    torch.cuda.synchronize()
+    to.send(tuned.chosen)
+
+
+def compile_rows(index, count, tuned, jobs, done):
+    """Every count-th job in the chosen configurations, into Triton's cache."""
+    import torch
+    patch_autotuner(before=tuned.apply)
+    for n in range(index, len(jobs), count):
+        lengths, H, gate = jobs[n]
+        tuned.prefill(Inputs(lengths, H, 1), gate)
+        torch.cuda.synchronize()
+        done[n] = 1
+        torch.cuda.empty_cache()
+
+
+def in_processes(count, seconds, work, *arguments):
+    """work(index, count, *arguments) in forked processes, for torch is imported and the GPU not yet touched."""
+    import torch
+    context = multiprocessing.get_context("fork")
+
+    def guarded(index):
+        try:
+            with torch.no_grad():
+                work(index, count, *arguments)
+        except Exception as reason:
+            print(f"  ({work.__name__}, process {index}: {first_line(reason)})", file=sys.stderr)
+        os._exit(0)
+    workers = [context.Process(target=guarded, args=(i,)) for i in range(count)]
     for w in workers:
         w.start()
     end = time.monotonic() + seconds
@@ -382,7 +445,29 @@ def compile_ahead(combinations, seconds):
         if w.is_alive():
             w.terminate()
             w.join()
-    return {c for c, finished in zip(combinations, done) if finished == count}
+
+
+def compile_ahead(rows, seconds, configurations_only):
+    """rows: [(lengths, heads, gate)]. What the autotuners chose, and of the rows those that are compiled."""
+    started = time.monotonic()
+    left = lambda: seconds - (time.monotonic() - started)
+    context = multiprocessing.get_context("fork")
+    count = max(1, min(14, len(os.sched_getaffinity(0))))
+    jobs = sorted({(tuned_heads(H), gate) for _, H, gate in rows})
+    jobs = [([TUNED_TOKENS], H, gate) for H, gate in jobs]
+    in_processes(count, left(), compile_configurations, jobs, context.Array("i", len(jobs)))
+    print(f"  configurations compiled after {seconds - left():.0f} s", file=sys.stderr)
+    tuned, done = Tuned(), context.Array("i", len(rows))
+    if configurations_only:
+        return tuned, set()
+    here, there = context.Pipe()
+    in_processes(1, left(), lambda index, count: choose_configurations(jobs, there))
+    if not here.poll():
+        return tuned, set()
+    tuned.chosen = here.recv()
+    print(f"  chosen after {seconds - left():.0f} s", file=sys.stderr)
+    in_processes(min(count, len(rows)), left(), compile_rows, tuned, rows, done)
+    return tuned, {(tuple(lengths), H, gate) for (lengths, H, gate), finished in zip(rows, done) if finished}
 
 
 # ---- The table ----
@@ -395,6 +480,7 @@ def main():
     parser.add_argument("--rows", default="", help="only these rows, comma separated: names or parts of names")
     parser.add_argument("--fla", default="", help="fla only in these rows")
     parser.add_argument("--no-fla", action="store_true", help="without fla")
+    parser.add_argument("--compile", action="store_true", help="only fill Triton's cache, which a later call finds")
     options = parser.parse_args()
     names = [n for n, _, _ in prefill_shapes() + DECODE]
 
@@ -411,20 +497,23 @@ def main():
     import torch
     installed = lambda name: importlib.util.find_spec(name) is not None
     have_fla, reasons = installed("fla") and not options.no_fla, {}
-    compiled, hurried = None, options.quick or options.budget is not None
-    heads = sorted({H for n, _, H in prefill_shapes() if chosen(options.rows, n) and with_fla(n) and
-                    (H in QUICK_HEADS or not options.quick)})
-    if have_fla and heads:
+    tuned, compiled, hurried = Tuned(), set(), options.quick or options.budget is not None
+    fla_gates = lambda H: ("bounded", "softplus") if H == 32 or not hurried else ("bounded",)
+    fla_rows = [(lengths, H, gate) for n, lengths, H in prefill_shapes() if chosen(options.rows, n) and with_fla(n) and
+                (H in QUICK_HEADS or not options.quick) for gate in fla_gates(H)]
+    if have_fla and fla_rows:
         ahead = time.monotonic()
         try:
-            compiled = compile_ahead([(H, gate) for H in heads for gate in ("bounded", "softplus")],
-                                     0.45 * budget if hurried else 600)
+            tuned, compiled = compile_ahead(fla_rows, 0.55 * budget if hurried else 900, options.compile)
         except Exception as reason:
             print(f"(compiling ahead: {first_line(reason)})", file=sys.stderr)
         print(f"compiled ahead for {time.monotonic() - ahead:.0f} s", file=sys.stderr)
+    if options.compile:
+        return 0
     if have_fla:
         try:
             shorten_benchmarks()
+            patch_autotuner(before=tuned.apply)
         except Exception as reason:
             print(f"(triton: {first_line(reason)})", file=sys.stderr)
 
@@ -436,7 +525,7 @@ def main():
         library = None
         reasons["ours"] = first_line(reason)
     peers["cudnn g bf16"], peers["cudnn g f32"] = cudnn_prefill(False), cudnn_prefill(True)
-    peers["fla"], peers["flash_kda"] = fla_prefill, flash_kda_prefill
+    peers["fla"], peers["flash_kda"] = tuned.prefill, flash_kda_prefill
     for name, module in (("fla", "fla"), ("cudnn g bf16", "cudnn"), ("cudnn g f32", "cudnn"), ("flash_kda", "flash_kda")):
         if not installed(module):
             reasons[name] = "not installed"
@@ -460,8 +549,11 @@ def main():
             return "-"
         if options.quick and name == "fla" and (H not in QUICK_HEADS or row.startswith("pack")):
             return "quick"
-        if hurried and name == "fla" and not row.startswith("decode") and (H, gate) not in (compiled or ()):
-            return "compiling"  # its autotuner would take what is left of the budget
+        if name == "fla" and hurried and not row.startswith("decode"):
+            if gate not in fla_gates(H):
+                return "-"
+            if (tuple(sets[0].lengths), H, gate) not in compiled:
+                return "compiling"  # it would take what is left of the budget
         try:
             with torch.no_grad():
                 ms, graph = measure(call, sets, gate)
@@ -491,7 +583,8 @@ def main():
             for name, call in calls.items():
                 if name == "ours" or name in reasons or left() <= 0 or (name == "fla" and not with_fla(row)):
                     continue
-                if hurried and name == "fla" and not row.startswith("decode") and (x.H, gate) not in (compiled or ()):
+                if (hurried and name == "fla" and not row.startswith("decode") and
+                        (tuple(x.lengths), x.H, gate) not in compiled):
                     checks.append(f"{row}, {gate}: fla was not compiled in time")
                     continue
                 try:
