@@ -195,6 +195,21 @@ KL_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.
 KL_DEVICE void mbarrier_arrive(uint32_t bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
+// A warp's arrival: what any of its lanes has read or written comes before what follows a wait for it. The
+// barrier is initialised with kWarpArrivals for each warp.
+#ifdef KL_RACECHECK  // each lane for itself, which compute-sanitizer's racecheck can follow
+constexpr uint32_t kWarpArrivals = 32;
+KL_DEVICE void mbarrier_arrive_warp(uint32_t bar) {
+  __syncwarp();
+  mbarrier_arrive(bar);
+}
+#else
+constexpr uint32_t kWarpArrivals = 1;
+KL_DEVICE void mbarrier_arrive_warp(uint32_t bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+}
+#endif
 KL_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
