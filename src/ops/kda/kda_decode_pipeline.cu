@@ -109,23 +109,19 @@ KL_DEVICE void run_storer(Ring<D, kVFirst, State>& ring, const StepParams& p, co
       const int item = ring.item[turn.place];
       if (item < 0) break;
       finish_token(ring, p, f, ring.work[turn.place].begin, first_head(p, R::kHeads, item), stage);
-      __syncwarp();
-      if (elected) mbarrier_arrive(smem_address(&ring.used[stage.place]));
+      mbarrier_arrive_warp(smem_address(&ring.used[stage.place]));
       stage.next();
     }
     mbarrier_wait(smem_address(&ring.stepped[turn.place]), turn.phase);
     const int item = ring.item[turn.place];
     if (item < 0) break;
     const int slot = ring.work[turn.place].slot_out;
-    __syncwarp();  // all lanes have read item and work; the slot may be given away
-    if (elected) {
-      if (slot >= 0) {
-        store_item(R::Slot::in_pool(p, item, slot), ring.states[turn.place]);
-        bulk_commit();
-        bulk_wait_read<0>();  // the slot may be written again; the block may end
-      }
-      mbarrier_arrive(smem_address(&ring.free[turn.place]));
+    if (elected && slot >= 0) {
+      store_item(R::Slot::in_pool(p, item, slot), ring.states[turn.place]);
+      bulk_commit();
+      bulk_wait_read<0>();  // the slot may be written again; the block may end
     }
+    mbarrier_arrive_warp(smem_address(&ring.free[turn.place]));  // all lanes have read item and work
   }
 }
 
@@ -239,21 +235,16 @@ KL_DEVICE void run_stepper(Ring<D, kVFirst, State>& ring, const StepParams& p, i
         step<D, 4, kVFirst>(o, S, operands.channels, operands.scales, values, operands.beta);
         if constexpr (kFused) {
           if (at.kg == 0) store4(operands.o + v, {o[0], o[1], o[2], o[3]});
-          __syncwarp();  // all lanes have read the operands
-          if (at.kg == 0) mbarrier_arrive(smem_address(&ring.finished[stage.place]));
+          mbarrier_arrive_warp(smem_address(&ring.finished[stage.place]));
         } else {
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&ring.used[stage.place]));
+          mbarrier_arrive_warp(smem_address(&ring.used[stage.place]));
           if (at.kg == 0) store_run<true>(p.out, offset_of(p.out, row, head) + v, o, 4);
         }
       }
-      if (work.slot_out >= 0) {
-        store_lanes(S, ring.states[turn.place], warp);
-        fence_proxy_async();
-      }
+      if (work.slot_out >= 0) store_lanes(S, ring.states[turn.place], warp);
+      fence_proxy_async();  // for the copy engine, which reads the slot and then writes over it
     }
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(smem_address(&ring.stepped[turn.place]));
+    mbarrier_arrive_warp(smem_address(&ring.stepped[turn.place]));
     if (item < 0) return;
   }
 }
@@ -270,13 +261,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < R::kSlots; ++s) {
       mbarrier_init(smem_address(&ring.loaded[s]), 1);
-      mbarrier_init(smem_address(&ring.stepped[s]), kSteppers);
-      mbarrier_init(smem_address(&ring.free[s]), 1);
+      mbarrier_init(smem_address(&ring.stepped[s]), kSteppers * kWarpArrivals);
+      mbarrier_init(smem_address(&ring.free[s]), kWarpArrivals);
     }
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(smem_address(&ring.ready[s]), 32);
-      mbarrier_init(smem_address(&ring.used[s]), kFused ? 1 : kSteppers);
-      mbarrier_init(smem_address(&ring.finished[s]), 4 * kSteppers);  // the lanes that write outputs
+      mbarrier_init(smem_address(&ring.used[s]), (kFused ? 1 : kSteppers) * kWarpArrivals);
+      mbarrier_init(smem_address(&ring.finished[s]), kSteppers * kWarpArrivals);
     }
     fence_barrier_init();
   }

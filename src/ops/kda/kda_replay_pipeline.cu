@@ -154,7 +154,7 @@ KL_DEVICE void run_preparer(Ring<kVFirst>& ring, const StepParams& p, const Repl
       store4(stage.channels.a + c, {a[0], a[1], a[2], a[3]});
       store4(stage.keys[fill] + c, key);
     }
-    fence_proxy_async();  // the copy engine writes over `keys` when its turn comes
+    fence_proxy_async();  // the copy engine writes over records and keys when its turn comes
     mbarrier_arrive(smem_address(&ring.ready[turn.place]));
     if (slot >= 0) {
       const int64_t record = first_record(p, r, slot, head) + fill;
@@ -169,7 +169,6 @@ KL_DEVICE void run_stepper(Ring<kVFirst>& ring, const StepParams& p, const Repla
   using Slot = typename Ring<kVFirst>::Slot;
   const Place<kVFirst> at;
   const int v0 = 16 * warp, v = v0 + 4 * at.vg;
-  const bool elected = threadIdx.x % 32 == 0;
   Turn<kStages> stage;
   for (Turn<kSlots> turn;; turn.next(), stage.next()) {
     mbarrier_wait(smem_address(&ring.recorded[stage.place]), stage.phase);
@@ -179,8 +178,8 @@ KL_DEVICE void run_stepper(Ring<kVFirst>& ring, const StepParams& p, const Repla
     mbarrier_wait(smem_address(&ring.loaded[turn.place]), turn.phase);
     LaneState<D, 4> S = {};
     if (slot >= 0) load_lanes(S, ring.states[turn.place], warp);
-    __syncwarp();  // all lanes have read the slot
-    if (elected) mbarrier_arrive(smem_address(&ring.free[turn.place]));
+    fence_proxy_async();  // read before the copy engine writes over it
+    mbarrier_arrive_warp(smem_address(&ring.free[turn.place]));
 
     mbarrier_wait(smem_address(&ring.ready[stage.place]), stage.phase);
     float u[4] = {}, y[4] = {}, values[4], delta[4], o[4];
@@ -191,8 +190,8 @@ KL_DEVICE void run_stepper(Ring<kVFirst>& ring, const StepParams& p, const Repla
     replay_step<D, kVFirst>(o, delta, u, y, S, from.channels, from.scales, values, from.beta);
     const bool full = slot >= 0 && fill + 1 == r.L;
     if (full) fold<D, kVFirst>(S, from.channels.a, from.keys, from.deltas[0] + v, D, fill, delta);
-    __syncwarp();  // all lanes have read the stage
-    if (elected) mbarrier_arrive(smem_address(&ring.used[stage.place]));
+    fence_proxy_async();
+    mbarrier_arrive_warp(smem_address(&ring.used[stage.place]));
 
     if (at.kg == 0) {
       store_run<true>(p.out, offset_of(p.out, item / p.Hv, head) + v, o, 4);
@@ -217,12 +216,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < kSlots; ++s) {
       mbarrier_init(smem_address(&ring.loaded[s]), 1);
-      mbarrier_init(smem_address(&ring.free[s]), kSteppers);
+      mbarrier_init(smem_address(&ring.free[s]), kSteppers * kWarpArrivals);
     }
     for (int s = 0; s < kStages; ++s) {
       mbarrier_init(smem_address(&ring.recorded[s]), 1);
       mbarrier_init(smem_address(&ring.ready[s]), 32);
-      mbarrier_init(smem_address(&ring.used[s]), kSteppers);
+      mbarrier_init(smem_address(&ring.used[s]), kSteppers * kWarpArrivals);
     }
     fence_barrier_init();
   }
