@@ -3,10 +3,12 @@
 # driver, and for --peers Python with torch and Triton. Prints the benchmarks' figures, then one table; every
 # program's whole output stays in the log folder.
 #
-#   tools/gpu_check.sh [--build DIR] [--logs DIR] [--tests | --bench] [--sanitize] [--peers [SECONDS]]
+#   tools/gpu_check.sh [--build DIR] [--logs DIR] [--tests | --bench] [--sanitize | --racecheck] [--peers [SECONDS]]
 #
 #   --tests      tests, checks and the relatives' times only          --bench    benchmarks only
 #   --sanitize   compute-sanitizer's memcheck on a reduced set of tests, instead of everything else
+#   --racecheck  its racecheck on the pipelines, instead of everything else. DIR is a build with -DKL_RACECHECK=ON, and
+#                $SANITIZER a compute-sanitizer of 2026.4 or later (docs/2026-11-25-gpu-proofs.md says why)
 #   --peers      also tools/bench_peers.py --quick, within SECONDS (95)
 #
 # To build:  cmake --preset cuda -DKL_TESTS=ON && cmake --build build/cuda --target ops_kda_tests ops_delta_net_tests \
@@ -16,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-build=build/cuda logs=build/gpu_check tests=1 bench=1 sanitize=0 peers=0
+build=build/cuda logs=build/gpu_check tests=1 bench=1 sanitize=0 racecheck=0 peers=0
 while [ $# -gt 0 ]; do
   case $1 in
     --build) build=$2; shift ;;
@@ -24,8 +26,10 @@ while [ $# -gt 0 ]; do
     --tests) bench=0 ;;
     --bench) tests=0 ;;
     --sanitize) sanitize=1 ;;
+    --racecheck) racecheck=1 ;;
     --peers) peers=95; [[ ${2:-} =~ ^[0-9]+$ ]] && { peers=$2; shift; } ;;
-    *) echo "usage: tools/gpu_check.sh [--build DIR] [--logs DIR] [--tests | --bench] [--sanitize] [--peers [SECONDS]]" >&2
+    *) echo "usage: tools/gpu_check.sh [--build DIR] [--logs DIR] [--tests | --bench] [--sanitize | --racecheck]" \
+            "[--peers [SECONDS]]" >&2
        exit 2 ;;
   esac
   shift
@@ -89,6 +93,18 @@ if [ $sanitize = 1 ]; then
   run "memcheck kda prefill, decode" 'ERROR SUMMARY|PASSED' "${memcheck[@]}" "$build/ops_kda_tests" \
     --gtest_filter='KdaPrefillCuda.SlotsHeadsAndCheckpoints:KdaDecodeCuda.SeveralTokens:KdaStepCuda.*' --gtest_brief=1
   run "memcheck kda_cuda_bench" 'ERROR SUMMARY|checks failed' "${memcheck[@]}" "$build/kda_cuda_bench" check lengths
+elif [ $racecheck = 1 ]; then
+  race() {  # race NAME KERNEL PROGRAM ARGUMENT...: the first launches of a kernel
+    local name=$1 kernel=$2
+    shift 2
+    run "racecheck $name" 'RACECHECK SUMMARY' "${SANITIZER:-compute-sanitizer}" --tool racecheck --error-exitcode 9 \
+      --num-cuda-barriers 128 --launch-count 12 --kernel-name "kernel_substring=$kernel" "$build/$@"
+  }
+  race decode kda_decode_pipeline ops_kda_tests --gtest_filter=KdaDecodeCuda.PipelineWithManyItemsABlock
+  race "fused step" kda_decode_pipeline ops_kda_tests --gtest_filter=KdaStepCuda.BesideTheDefinition
+  race replay kda_replay_pipeline ops_kda_tests --gtest_filter='KdaReplayCuda.Many*'
+  race "kda prefill" prefill_kernel kda_cuda_bench check lengths
+  race "dplr prefill" prefill_kernel ops_dplr_tests --gtest_filter=DplrHopper.EveryLength
 else
   if [ $tests = 1 ]; then
     for program in "${cuda_tests[@]}"; do unit "$program" '*Cuda*:*Hopper*'; done
