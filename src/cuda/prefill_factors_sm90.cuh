@@ -58,6 +58,9 @@ class FactorWarp {
   KL_DEVICE void follow_ring(int warp, Make&& make) const {
     Turn<R::kSlots> turn(warp);
     for (;;) {
+      // A producer does not see every phase of a slot. Once the slot has been given back, the copy of its
+      // last chunk is over, and the phase that runs is the one to wait for.
+      mbarrier_wait(ring.free(turn.slot), turn.phase ^ 1);
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const bool end = is_end(info.item);
@@ -66,8 +69,7 @@ class FactorWarp {
       else if (info.rows > 0)
         make(turn.slot, info, std::false_type{});
       fence_proxy_async();  // the factors become visible to the tensor cores
-      __syncwarp();
-      if (lane == 0) mbarrier_arrive(ring.ready(turn.slot));
+      mbarrier_arrive_warp(ring.ready(turn.slot));
       if (end) return;
       turn.advance(kProducers);
     }

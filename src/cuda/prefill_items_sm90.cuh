@@ -53,8 +53,7 @@ class Consumer {
 
   KL_DEVICE void wait() { mbarrier_wait(ring.ready(turn.slot), turn.phase); }
   KL_DEVICE void release() {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(ring.free(turn.slot));
+    mbarrier_arrive_warp(ring.free(turn.slot));
     turn.advance(1);
   }
 

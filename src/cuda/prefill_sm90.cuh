@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < R::kSlots; ++s) {
       mbarrier_init(ring.raw(s), 1);
-      mbarrier_init(ring.ready(s), 1);
-      mbarrier_init(ring.free(s), R::D / 16);
+      mbarrier_init(ring.ready(s), kWarpArrivals);
+      mbarrier_init(ring.free(s), R::D / 16 * kWarpArrivals);
     }
     ring.stopped() = -1;
     fence_barrier_init();
