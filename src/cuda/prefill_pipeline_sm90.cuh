@@ -137,6 +137,7 @@ struct Loader {
   KL_DEVICE void load_chunk(const ChunkInfo& info, int qk_head) {
     // Far ahead of the others: it may sleep, and leave them the issue slots.
     while (!mbarrier_try_wait(ring.free(turn.slot), turn.phase ^ 1)) __nanosleep(200);
+    fence_proxy_async();  // others have read the slot; the copy engine writes over it
     ring.info(turn.slot) = info;
     if (info.rows > 0)
       Op::load(p, ring, turn.slot, maps, info, qk_head);
