@@ -195,6 +195,9 @@ struct Loader {
     int* list = &p.counters->items;
     int items = p.probes ? firsts + later : firsts + 2 * later;
     bool rest = false, open = !p.probes && later > 0;
+    constexpr int kMaps = sizeof(maps) / sizeof(CUtensorMap);
+    if (threadIdx.x % 32 < kMaps)  // the first boxes need not wait for them
+      prefetch_tensor_map(reinterpret_cast<const CUtensorMap*>(&maps) + threadIdx.x % 32);
     wait_for_previous_kernel();  // the counters are cleared
     for (;;) {
       int i = take(list);
