@@ -123,10 +123,12 @@ class FactorWarp {
     }
     return d;
   }
-  // Do some of the 16 channels, of any lane, decay by more than that?
-  KL_DEVICE static bool steep(const MiddleDecays& d, float least) {
-    return __any_sync(0xffffffffu,
-                      fminf(fminf(d.chunk[0], d.chunk[1]), fminf(d.chunk[2], d.chunk[3])) < least);
+  // Do some of the 16 channels decay by more than 2^least in the chunk? Asked of the sums, so that the answer
+  // is there before the decays are.
+  KL_DEVICE bool steep(const float (&sum)[8], float least) const {
+    const float decay =
+        fminf(fminf(sum[0] + sum[2], sum[1] + sum[3]), fminf(sum[4] + sum[6], sum[5] + sum[7]));
+    return __any_sync(0xffffffffu, g == 7 && decay < least);
   }
 
   // For 16 channels in which half a chunk may decay by more than an f32 can hold: decays of the elements from
