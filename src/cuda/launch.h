@@ -61,8 +61,8 @@ struct LaunchConfig {
   size_t smem = 0;  // dynamic shared memory, bytes
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;  // blocks of a cluster along x (sm_90 and up)
-  // The kernel may be brought in while its predecessor in the stream still runs; it must begin with
-  // follow_previous_kernel(). Without effect below sm_90.
+  // The kernel may be brought in while its predecessor in the stream still runs; it must wait for that
+  // (follow_previous_kernel()) before it touches memory. Without effect below sm_90.
   bool overlap_previous = false;
 };
 

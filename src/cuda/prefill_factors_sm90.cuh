@@ -125,10 +125,12 @@ class FactorWarp {
     }
     return d;
   }
-  // Do some of the 16 channels, of any lane, decay by more than that?
-  KL_DEVICE static bool steep(const MiddleDecays& d, float least) {
-    return __any_sync(0xffffffffu,
-                      fminf(fminf(d.chunk[0], d.chunk[1]), fminf(d.chunk[2], d.chunk[3])) < least);
+  // Do some of the 16 channels decay by more than 2^least in the chunk? Asked of the sums, so that the answer
+  // is there before the decays are.
+  KL_DEVICE bool steep(const float (&sum)[8], float least) const {
+    const float decay =
+        fminf(fminf(sum[0] + sum[2], sum[1] + sum[3]), fminf(sum[4] + sum[6], sum[5] + sum[7]));
+    return __any_sync(0xffffffffu, g == 7 && decay < least);
   }
 
   // For 16 channels in which half a chunk may decay by more than an f32 can hold: decays of the elements from
@@ -235,20 +237,25 @@ class FactorWarp {
 
   // (The inverse)^T · rows, in place, for the state.
   KL_DEVICE void fold_rows(uint32_t region, const uint32_t (&high)[4], const uint32_t (&low)[4]) const {
-#pragma unroll 2
-    for (int step = 0; step < D / 16; ++step) {
-      const uint32_t at = block<kPanelBytes>(region, step);
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, at);
-      float d[2][4] = {};
-      mma_bf16(d[0], high, b[0], b[1]);
-      mma_bf16(d[1], high, b[2], b[3]);
-      mma_bf16(d[0], low, b[0], b[1]);
-      mma_bf16(d[1], low, b[2], b[3]);
-      const uint32_t out[4] = {pack_bf16(d[0][0], d[0][1]), pack_bf16(d[0][2], d[0][3]),
-                               pack_bf16(d[1][0], d[1][1]), pack_bf16(d[1][2], d[1][3])};
-      __syncwarp();  // the block has been read by every lane
-      stmatrix_x4(at, out);
+    constexpr int kSteps = 4;  // at a time: one by one they would wait for each other
+#pragma unroll 1
+    for (int first = 0; first < D / 16; first += kSteps) {
+      uint32_t x[kSteps][4];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) ldmatrix_x4_trans(x[s], block<kPanelBytes>(region, first + s));
+      __syncwarp();  // the blocks have been read by every lane
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        const uint32_t(&b)[4] = x[s];
+        float d[2][4] = {};
+        mma_bf16(d[0], high, b[0], b[1]);
+        mma_bf16(d[1], high, b[2], b[3]);
+        mma_bf16(d[0], low, b[0], b[1]);
+        mma_bf16(d[1], low, b[2], b[3]);
+        const uint32_t out[4] = {pack_bf16(d[0][0], d[0][1]), pack_bf16(d[0][2], d[0][3]),
+                                 pack_bf16(d[1][0], d[1][1]), pack_bf16(d[1][2], d[1][3])};
+        stmatrix_x4(block<kPanelBytes>(region, first + s), out);
+      }
     }
   }
 };

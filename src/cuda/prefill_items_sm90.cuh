@@ -169,10 +169,10 @@ class Consumer {
   // ---- Ends of items ----
 
   KL_DEVICE bool negligible(float* S) {
-    float sum = 0;
+    float sums[4] = {};  // one would be a chain of D / 2 dependent instructions
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) sum = fmaf(S[i], S[i], sum);
-    sum = warp_sum(sum);
+    for (int i = 0; i < D / 2; ++i) sums[i % 4] = fmaf(S[i], S[i], sums[i % 4]);
+    const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     float* parts = reinterpret_cast<float*>(ring.memory + R::kNorms) + norms * kConsumerWarps;
     norms ^= 1;  // the next one does not have to wait until everybody has read this one
     if (lane == 0) parts[warp] = sum;

@@ -190,13 +190,17 @@ struct Loader {
   }
 
   KL_DEVICE void run() {
+    constexpr int kMaps = sizeof(maps) / sizeof(CUtensorMap);
+    if (threadIdx.x % 32 < kMaps)  // the first boxes need not wait for them
+      prefetch_tensor_map(reinterpret_cast<const CUtensorMap*>(&maps) + threadIdx.x % 32);
+    wait_for_previous_kernel();  // inputs are there, the counters are cleared; nobody reads before a chunk
+                                 // comes
     const int firsts = p.sequences * p.heads;
     // Items of segments that are not their sequence's first, of one kind.
     const int later = p.progress != nullptr ? count_segments(p) * p.heads - firsts : 0;
     int* list = &p.counters->items;
     int items = p.probes ? firsts + later : firsts + 2 * later;
     bool rest = false, open = !p.probes && later > 0;
-    wait_for_previous_kernel();  // the counters are cleared
     for (;;) {
       int i = take(list);
       if (i >= items) {

@@ -99,14 +99,14 @@ class Scan {
     // The first half of this product's right operand is whatever stands before A, and its result is not used:
     // an accumulator of eight registers inside one of sixteen would be serialised.
     wgmma_m64n32k16<0>(RO, r, small_matrix(ring.read_matrix(slot)));
+    wgmma_commit();
     update(S, r, write);
     if constexpr (kApart)
       update(S, v, wgmma_matrix(base + R::kKeys, kPanelBytes, 1024, WgmmaLayout::swizzle_128));
     wgmma_commit();
     const int checkpoint = kValue ? ring.info(slot).checkpoint : -1;
-    wgmma_wait<0>();
+    wgmma_wait<1>();  // O is there; the state is not yet
     wgmma_pin<16>(RO);
-    wgmma_pin<D / 2>(S);
     const uint32_t o[4] = {pack_bf16(RO[8], RO[9]), pack_bf16(RO[10], RO[11]), pack_bf16(RO[12], RO[13]),
                            pack_bf16(RO[14], RO[15])};
     // 16 value channels x 16 tokens through the warp's corner of shared memory, so that 32 bytes of a row
@@ -115,6 +115,8 @@ class Scan {
     stmatrix_x4_trans(stage + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16, o);
     __syncwarp();
     const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
+    wgmma_wait<0>();
+    wgmma_pin<D / 2>(S);
     if (!last || lane / 2 < ring.info(slot).rows) *reinterpret_cast<uint4*>(out) = eight;
     __syncwarp();
     return checkpoint;

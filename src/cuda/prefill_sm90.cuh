@@ -53,10 +53,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // ---- The host's part --------------------------------------------------------------------------------------
 
-// Before prefill_kernel: what blocks tell each other is cleared. Nobody has to wait for it before the first
-// item is taken; and since it begins after its predecessors' end, prefill_kernel does so too.
+// Before prefill_kernel: what blocks tell each other is cleared. prefill_kernel's blocks may come in at once;
+// what they wait for is the end of this kernel, which waits for its predecessors' in turn.
 static __global__ void clear_kernel(int* words, int64_t count) {
-  follow_previous_kernel();
+  release_next_kernel();
+  wait_for_previous_kernel();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < count) words[i] = 0;
 }

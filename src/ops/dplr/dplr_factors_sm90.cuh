@@ -58,7 +58,7 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
   using typename Base::R;
   static constexpr uint32_t kPairPanels = 2 * kPanelBytes;  // panels of `pair` are as far apart
   // Below this the factors of a decay might leave the range of f32; vectors of lengths up to 2^27 have room.
-  static constexpr float kLeastDecay = 0x1p-100f;
+  static constexpr float kLeastDecay = -100.f;  // log2
 
  public:
   KL_DEVICE DplrProducer(const DplrPrefillParams& params, R r) : Base(r), p(params) {}
@@ -232,8 +232,9 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
           if ((token + 1) % kChunkTokens >= rows) r.b[i] = 0;
         }
       }
+      const bool steep = Base::steep(sum, kLeastDecay);
       MiddleDecays d = Base::decays(sum);
-      if (!Base::steep(d, kLeastDecay))
+      if (!steep)
         middle_step(d, r, m);
       else
         steep_step(slot, step, rows, sum, r, m, d.chunk);
