@@ -75,12 +75,12 @@ class TiledHead {
     __builtin_memset(pairs_, 0, sizeof(uint32_t) * kPanels * depth_ * kTile);  // behind K too
   }
 
-  // Up to kBlock chunks.
-  void run(int64_t begin, int64_t end) {
+  // Up to kBlock chunks, before rows [end, next).
+  void run(int64_t begin, int64_t end, int64_t next) {
     const int64_t chunks = (end - begin + C - 1) / C, panels = kda_padded(h_.V) / kKdaPanel;
-    RowsAhead ahead(h_, end, min(end + kBlock * C, end_), chunks * (1 + (panels + 1) / kPanels * K_ / 16));
+    RowsAhead ahead(h_, end, next, chunks * (kKdaFactorSteps + (panels + 1) / kPanels * K_ / 16));
     for (int64_t i = 0; i < chunks; ++i)
-      prepare(begin + i * C, min(C, end - begin - i * C), record(i)), ahead.step();
+      prepare(begin + i * C, min(C, end - begin - i * C), record(i), ahead);
     for (int64_t first = 0; first < h_.V; first += kPanels * kKdaPanel) {
       const bool two = h_.V - first > kKdaPanel;
       two ? round_state<2>(first) : round_state<1>(first);
@@ -95,7 +95,7 @@ class TiledHead {
   static constexpr int kPanels = 2;                 // of the state, at a time
   static constexpr int kVecs = kKdaPanel / kLanes;  // of a panel's row
 
-  void prepare(int64_t begin, int64_t n, const ChunkTiles&);
+  void prepare(int64_t begin, int64_t n, const ChunkTiles&, RowsAhead&);
   template <int panels>
   void round_state(int64_t first);
   template <int panels>
@@ -144,9 +144,9 @@ class TiledHead {
 };
 
 // Norms, gates and pairs of a chunk, and its factors as tiles.
-void TiledHead::prepare(int64_t begin, int64_t n, const ChunkTiles& to) {
+void TiledHead::prepare(int64_t begin, int64_t n, const ChunkTiles& to, RowsAhead& ahead) {
   f_.keep = to.keep, f_.change = to.change;
-  kda_factors(h_, begin, n, f_);
+  kda_factors(h_, begin, n, true, ahead, f_);
   const auto row_tiles = [&](const float* from, uint32_t* tiles) {
     for (int64_t i = 0; i < C; ++i)
       for (int64_t d = 0; d < 32 * depth_; d += 2 * kLanes) {
@@ -353,8 +353,13 @@ inline void TiledHead::add_written(const ChunkTiles& r, int64_t first, int64_t d
 void kda_chunks_tiles(const KdaChunks& c) {
   TiledHead head(c);
   tile_begin();
-  for (int64_t begin = c.begin; begin < c.end; begin += kBlock * C)
-    head.run(begin, min(begin + kBlock * C, c.end));
+  // From one chunk to whole blocks: all rows but those of the first chunk have been asked for before.
+  int64_t begin = c.begin, end = min(begin + C, c.end);
+  for (int64_t length = 2 * C; begin < c.end; length = min(2 * length, kBlock * C)) {
+    const int64_t next = min(end + length, c.end);
+    head.run(begin, end, next);
+    begin = end, end = next;
+  }
   tile_end();
 }
 
