@@ -35,15 +35,29 @@ KdaCpuHead cpu_head(const Head& h, const HeadGate<float>& gate) {
           .lower_bound = args.gate.lower_bound};
 }
 
+// f(elements of the pool, elements of the panels, n) for all pieces of rows that lie in order in both; false
+// if the pool has other elements or another order.
+template <class Panels, class F>
+bool for_each_piece(const Head& h, int64_t slot, Panels* S, F&& f) {
+  const Tensor pool = h.args.state[slot][h.head];
+  if (pool.dtype != DType::f32 || h.args.state_v_first || pool.stride[1] != 1) return false;
+  for (int64_t d = 0; d < h.K; ++d)
+    for (int64_t i = 0; i < h.V; i += kKdaPanel)
+      f(pool.ptr<float>() + d * pool.stride[0] + i, S + panel_index(h.K, d, i), std::min(kKdaPanel, h.V - i));
+  return true;
+}
+
 void load_panels(const Head& h, int64_t slot, float* S) {
   std::fill(S, S + kda_panels_size(h.K, h.V), 0.f);
   if (slot < 0) return;
+  if (for_each_piece(h, slot, S, [](const float* x, float* s, int64_t n) { std::copy_n(x, n, s); })) return;
   for_each_of_state(h, slot,
                     [&](auto x, int64_t d, int64_t i) { S[panel_index(h.K, d, i)] = static_cast<float>(x); });
 }
 
 void store_panels(const Head& h, const float* S, int64_t slot) {
   if (slot < 0) return;
+  if (for_each_piece(h, slot, S, [](float* x, const float* s, int64_t n) { std::copy_n(s, n, x); })) return;
   for_each_of_state(
       h, slot, [&]<class T>(T& x, int64_t d, int64_t i) { x = static_cast<T>(S[panel_index(h.K, d, i)]); });
 }
