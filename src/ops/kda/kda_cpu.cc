@@ -124,7 +124,7 @@ class Chunk {
     for (int64_t i = 0; i < n_; ++i) load_columns(h_.v, begin_ + i, 0, h_.V, u_ + i * V_);
     for (int64_t x = n_ * V_; x < C * V_; x += kLanes) store(u_ + x, Vec{});
     const int64_t next = begin + n, tiles = (n_ + kRows - 1) / kRows * (V_ / (kCols * kLanes) + 1);
-    RowsAhead ahead(h_, next, min(next + C, end_), kKdaFactorSteps + tiles);
+    RowsAhead ahead(h_, RowsAhead::kAll, next, min(next + C, end_), kKdaFactorSteps + tiles);
     kda_factors(h_, begin_, n_, bf16, ahead, f_);
     if constexpr (bf16) round_factors();
     for (int64_t first = 0; first < h_.V; first += kColumns)

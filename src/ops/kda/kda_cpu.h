@@ -8,8 +8,11 @@
 namespace kl {
 
 void kda_prefill_cpu(Ctx&, const KdaArgs&);  // kda_heads.cc
-// With these products, whether the processor has them or not; for tests.
+// What the products that read and write the state are made of: f32, pairs of bf16 for what reads it, or tiles
+// of bf16. kda_products() says which ones kda_prefill_cpu() takes on this processor.
 enum class KdaProducts : uint8_t { f32, pairs, tiles };
+KdaProducts kda_products(Precision);
+// With these products, whether the processor has them or not; for tests.
 void kda_prefill_cpu_with(KdaProducts, Ctx&, const KdaArgs&);
 void kda_decode_cpu(Ctx&, const KdaArgs&);
 
@@ -66,9 +69,9 @@ constexpr int64_t kda_tile_depth(int64_t K) { return (K + 31) / 32; }  // tiles 
 constexpr int64_t kda_tile_record(int64_t K) {
   return (2 * kda_tile_depth(K) + kda_padded(K) / 16 + 2) * 256 + kKdaChunk + 2 * kda_padded(K);
 }
-constexpr int64_t kda_tiles_memory(int64_t K) {
-  return kKdaTileBlock * kda_tile_record(K) + (4 * kKdaChunk + 2) * kda_padded(K) +
-         2 * kda_tile_depth(K) * 256;
+constexpr int64_t kda_tiles_memory(int64_t K, int64_t V) {
+  return kKdaTileBlock * (kda_tile_record(K) + kKdaChunk * kda_padded(V)) +
+         (4 * kKdaChunk + 2) * kda_padded(K) + 2 * kda_tile_depth(K) * 256;
 }
 
 // Rows of a decoded state, an odd number of cache lines apart for the same reason.

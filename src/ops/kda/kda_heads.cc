@@ -195,6 +195,16 @@ void prefill(Ctx& ctx, const KdaArgs& args, KdaProducts products) {
                                              : prefill_head<KdaProducts::f32>);
 }
 
+// A Sapphire Rapids does a quarter as many dot products of pairs as FMA, so that KDA takes 1.3 times as long
+// with them as in f32 (docs/2026-11-25-kda-amx.md). By family, not measured: bits must not depend on that.
+bool dots_are_slow() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads) {
@@ -204,13 +214,16 @@ int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads) {
   return threads * std::max({state, prefill, decode}) * int64_t{sizeof(float)};
 }
 
-void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) {
-  prefill(ctx, args,
-          ctx.precision != Precision::bf16   ? KdaProducts::f32
-          : active_isa() == Isa::amx         ? KdaProducts::tiles
-          : active_isa() == Isa::avx512_bf16 ? KdaProducts::pairs
-                                             : KdaProducts::f32);
+KdaProducts kda_products(Precision precision) {
+  if (precision != Precision::bf16) return KdaProducts::f32;
+  switch (active_isa()) {
+    case Isa::amx: return KdaProducts::tiles;
+    case Isa::avx512_bf16: return dots_are_slow() ? KdaProducts::f32 : KdaProducts::pairs;
+    default: return KdaProducts::f32;
+  }
 }
+
+void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) { prefill(ctx, args, kda_products(ctx.precision)); }
 void kda_prefill_cpu_with(KdaProducts products, Ctx& ctx, const KdaArgs& args) {
   prefill(ctx, args, products);
 }

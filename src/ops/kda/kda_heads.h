@@ -19,7 +19,7 @@ constexpr int64_t panel_index(int64_t K, int64_t d, int64_t i) {
 
 // Floats of memory that a head takes beside its panels, whatever its products.
 constexpr int64_t prefill_memory(int64_t K, int64_t V) {
-  return std::max(kda_chunks_memory(K, V), kda_tiles_memory(K));
+  return std::max(kda_chunks_memory(K, V), kda_tiles_memory(K, V));
 }
 
 // Rows [begin, end) of the head; the state passes from row to row in `panels`. Checkpoints in (begin, end]

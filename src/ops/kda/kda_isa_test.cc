@@ -217,7 +217,10 @@ TEST(KdaIsa, PrecisionIsHonouredWhereTheProcessorHasBf16) {
       Ctx ctx{.precision = Precision::bf16};
       kda_prefill(ctx, args);
     });
-    EXPECT_EQ(same_bits(exact.out.tensor, allowed.out.tensor), active_isa() < Isa::avx512_bf16);
+    EXPECT_EQ(same_bits(exact.out.tensor, allowed.out.tensor),
+              kda_products(Precision::bf16) == KdaProducts::f32);
+    EXPECT_EQ(kda_products(Precision::bf16) == KdaProducts::tiles, active_isa() == Isa::amx);
+    EXPECT_TRUE(kda_products(Precision::bf16) == KdaProducts::f32 || active_isa() >= Isa::avx512_bf16);
     EXPECT_LE(problem.error(allowed, exact), 4e-3);
   });
 }

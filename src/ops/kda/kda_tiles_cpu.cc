@@ -53,98 +53,93 @@ inline SplitPairs split(Vec first, Vec second) {
   return {high, pairs_of(first - half_of(high, false), second - half_of(high, true))};
 }
 
-struct View {  // row i at data + i * row
-  float* data;
-  int64_t row, width;
-};
-
 class TiledHead {
  public:
   explicit TiledHead(const KdaChunks& c)
       : h_(c.head),
         end_(c.end),
         K_(kda_padded(c.head.K)),
+        V_(kda_padded(c.head.V)),
         depth_(kda_tile_depth(c.head.K)),
         S_(c.state),
         panel_(kda_panel_stride(c.head.K)),
         records_(c.memory),
-        rest_(c.memory + kBlock * kda_tile_record(c.head.K)),
+        values_(c.memory + kBlock * kda_tile_record(c.head.K)),
+        rest_(values_ + kBlock * C * V_),
         f_(c.head.K, rest_),
         pairs_(reinterpret_cast<uint32_t*>(rest_)) {
     __builtin_memset(f_.Aqk, 0, sizeof f_.Aqk);  // above the diagonal nothing else is written
     __builtin_memset(pairs_, 0, sizeof(uint32_t) * kPanels * depth_ * kTile);  // behind K too
   }
 
-  // Up to kBlock chunks, before rows [end, next).
-  void run(int64_t begin, int64_t end, int64_t next) {
-    const int64_t chunks = (end - begin + C - 1) / C, panels = kda_padded(h_.V) / kKdaPanel;
-    RowsAhead ahead(h_, end, next, chunks * (kKdaFactorSteps + (panels + 1) / kPanels * K_ / 16));
-    for (int64_t i = 0; i < chunks; ++i)
-      prepare(begin + i * C, min(C, end - begin - i * C), record(i), ahead);
+  // Up to kBlock chunks.
+  void run(int64_t begin, int64_t end) {
+    const int64_t chunks = (end - begin + C - 1) / C;
+    for (int64_t i = 0; i < chunks; ++i) {
+      const int64_t at = begin + i * C, next = min(at + C, end_);
+      RowsAhead ahead(h_, RowsAhead::kInputs, next, min(next + C, end_), kKdaFactorSteps);
+      prepare(at, next - at, i, ahead);
+    }
     for (int64_t first = 0; first < h_.V; first += kPanels * kKdaPanel) {
-      const bool two = h_.V - first > kKdaPanel;
+      const bool two = h_.V - first > kKdaPanel, last = first + kPanels * kKdaPanel >= h_.V;
+      const bool writes = last && h_.out.data;
       two ? round_state<2>(first) : round_state<1>(first);
+      RowsAhead ahead(h_, RowsAhead::kOutput, begin, writes ? end : begin, chunks * K_ / 16);
       for (int64_t i = 0; i < chunks; ++i) {
-        const int64_t at = begin + i * C, n = min(C, end - at);
-        two ? columns<2>(record(i), at, n, first, ahead) : columns<1>(record(i), at, n, first, ahead);
+        two ? columns<2>(i, first, ahead) : columns<1>(i, first, ahead);
+        for (int64_t t = 0; writes && t < min(C, end - begin - i * C); ++t)
+          store_columns(values(i, 0) + t * V_, h_.out, begin + i * C + t, 0, h_.V);
       }
     }
   }
 
  private:
-  static constexpr int kPanels = 2;                 // of the state, at a time
-  static constexpr int kVecs = kKdaPanel / kLanes;  // of a panel's row
+  static constexpr int kPanels = 2;  // of the state, at a time
 
-  void prepare(int64_t begin, int64_t n, const ChunkTiles&, RowsAhead&);
+  void prepare(int64_t begin, int64_t n, int64_t i, RowsAhead&);
   template <int panels>
   void round_state(int64_t first);
   template <int panels>
-  void columns(const ChunkTiles&, int64_t begin, int64_t n, int64_t first, RowsAhead&);
+  void columns(int64_t i, int64_t first, RowsAhead&);
   template <int panels>
   void read_state(const ChunkTiles&);
   template <int panels>
-  bool solve(const ChunkTiles&, int64_t begin, int64_t n, int64_t first);
+  bool solve(const ChunkTiles&, const float* v);
   template <int panels>
-  void read_chunk(const ChunkTiles&, int64_t begin, int64_t n, int64_t first, bool finite);
+  void read_chunk(const ChunkTiles&, float* o, bool finite);
   template <int panels>
-  void add_chunk_by_rows(const ChunkTiles&, int64_t n, const View& o);
+  void add_chunk_by_rows(const ChunkTiles&, float* o);
   template <int panels>
   void advance(const ChunkTiles&, int64_t first, RowsAhead&);
   template <int panels>
   void add_written(const ChunkTiles&, int64_t first, int64_t d);
 
-  // Columns [first, first + 16 · panels) of the chunk's rows: where they lie, if all of them exist and are
-  // f32, or in `buffer`.
-  View view(const KdaHeadRows& rows, int64_t begin, int64_t n, int64_t first, int panels,
-            float* buffer) const {
-    const int64_t width = min(panels * kKdaPanel, h_.V - first);
-    if (rows.dtype != DType::f32 || n < C || width < panels * kKdaPanel)
-      return {buffer, kPanels * kKdaPanel, width};
-    return {reinterpret_cast<float*>(rows.data + begin * rows.stride) + first, rows.stride / 4, width};
-  }
-
   ChunkTiles record(int64_t i) const { return {h_.K, records_ + i * kda_tile_record(h_.K)}; }
+  // [C, V_] of chunk i: v until its columns come, then the outputs.
+  float* values(int64_t i, int64_t first) const { return values_ + i * C * V_ + first; }
   float* state(int64_t first, int p) const { return S_ + (first / kKdaPanel + p) * panel_; }
   uint32_t* pairs(int p) const { return pairs_ + p * depth_ * kTile; }
 
   const KdaCpuHead& h_;
   const int64_t end_;
-  const int64_t K_, depth_;  // channels in whole panels; tiles of 32 channels
+  const int64_t K_, V_, depth_;  // padded; tiles of 32 channels
   float* const S_;
-  const int64_t panel_;  // floats from panel to panel of S
-  float* const records_;
+  const int64_t panel_;   // floats from panel to panel of S
+  float* const records_;  // [kBlock] ChunkTiles
+  float* const values_;   // [kBlock][C, V_]
   float* rest_;
   KdaFactors f_;
-  uint32_t* const pairs_;                          // [kPanels][32 depth_ / 2][16] the state, rounded
-  alignas(64) float read_[kPanels][C][kKdaPanel];  // Sᵀ k_in
-  alignas(64) float v_[C][kPanels * kKdaPanel];
-  alignas(64) float o_[C][kPanels * kKdaPanel];
+  uint32_t* const pairs_;                           // [kPanels][32 depth_ / 2][16] the state, rounded
+  alignas(64) float read_[kPanels][C][kKdaPanel];   // Sᵀ k_in
   alignas(64) uint32_t u_[kPanels][3 * kHalf][16];  // pairs of tokens of the pseudo values: high, low, high
   alignas(64) float written_[2][kPanels][16][16];   // k_out u, of two times 16 channels
 };
 
-// Norms, gates and pairs of a chunk, and its factors as tiles.
-void TiledHead::prepare(int64_t begin, int64_t n, const ChunkTiles& to, RowsAhead& ahead) {
+// Norms, gates and pairs of a chunk, and its factors as tiles; its values out of rows that lie far apart.
+void TiledHead::prepare(int64_t begin, int64_t n, int64_t i, RowsAhead& ahead) {
+  for (int64_t t = 0; t < n; ++t) load_columns(h_.v, begin + t, 0, h_.V, values(i, 0) + t * V_);
+  __builtin_memset(values(i, 0) + n * V_, 0, sizeof(float) * static_cast<size_t>((C - n) * V_));
+  const ChunkTiles to = record(i);
   f_.keep = to.keep, f_.change = to.change;
   kda_factors(h_, begin, n, true, ahead, f_);
   const auto row_tiles = [&](const float* from, uint32_t* tiles) {
@@ -194,12 +189,14 @@ void TiledHead::round_state(int64_t first) {
   }
 }
 
-// Columns [first, first + 16 · panels) of V in one chunk.
+// Columns [first, first + 16 · panels) of V in chunk i.
 template <int panels>
-void TiledHead::columns(const ChunkTiles& r, int64_t begin, int64_t n, int64_t first, RowsAhead& ahead) {
+void TiledHead::columns(int64_t i, int64_t first, RowsAhead& ahead) {
+  const ChunkTiles r = record(i);
+  float* const v = values(i, first);
   read_state<panels>(r);
-  const bool finite = solve<panels>(r, begin, n, first);
-  if (h_.out.data) read_chunk<panels>(r, begin, n, first, finite);
+  const bool finite = solve<panels>(r, v);
+  if (h_.out.data) read_chunk<panels>(r, v, finite);
   advance<panels>(r, first, ahead);
 }
 
@@ -223,12 +220,7 @@ void TiledHead::read_state(const ChunkTiles& r) {
 
 // u_i = beta_i (v_i - Sᵀ k_in_i - sum_{j<i} Akk_ij u_j), in two terms. False if some of them are not finite.
 template <int panels>
-bool TiledHead::solve(const ChunkTiles& r, int64_t begin, int64_t n, int64_t first) {
-  const View v = view(h_.v, begin, n, first, panels, v_[0]);
-  if (v.data == v_[0]) {
-    for (int64_t i = 0; i < n; ++i) load_columns(h_.v, begin + i, first, v.width, v_[i]);
-    __builtin_memset(v_[n], 0, sizeof v_[0] * static_cast<size_t>(C - n));
-  }
+bool TiledHead::solve(const ChunkTiles& r, const float* v) {
   const float *const Akk = r.Akk, *const beta = r.beta;
   Vec zeros{};
   for (int p = 0; p < panels; ++p)
@@ -236,7 +228,7 @@ bool TiledHead::solve(const ChunkTiles& r, int64_t begin, int64_t n, int64_t fir
       Vec u[C];
 #pragma GCC unroll 16
       for (int i = 0; i < C; ++i)
-        u[i] = beta[i] * (load(v.data + i * v.row + p * kKdaPanel + column) - load(read_[p][i] + column));
+        u[i] = beta[i] * (load(v + i * V_ + p * kKdaPanel + column) - load(read_[p][i] + column));
 #pragma GCC unroll 16
       for (int j = 0; j < C; ++j)
 #pragma GCC unroll 16
@@ -257,7 +249,7 @@ bool TiledHead::solve(const ChunkTiles& r, int64_t begin, int64_t n, int64_t fir
 // o_i = Sᵀ q_in_i + sum_{j<=i} Aqk_ij u_j: as a product of all rows; where that would spread a NaN to the
 // tokens before it, row by row.
 template <int panels>
-void TiledHead::read_chunk(const ChunkTiles& r, int64_t begin, int64_t n, int64_t first, bool finite) {
+void TiledHead::read_chunk(const ChunkTiles& r, float* o, bool finite) {
   if (finite) {
     tile_load<4>(r.Aqk, 64);
     tile_load<6>(u_[0][0], 64);
@@ -271,27 +263,24 @@ void TiledHead::read_chunk(const ChunkTiles& r, int64_t begin, int64_t n, int64_
       tile_multiply<1, 4, 3>();
     }
   }
-  const View o = view(h_.out, begin, n, first, panels, o_[0]);
-  tile_store<0>(o.data, o.row * 4);
-  if constexpr (panels > 1) tile_store<1>(o.data + kKdaPanel, o.row * 4);
-  if (!finite) add_chunk_by_rows<panels>(r, n, o);
-  if (o.data == o_[0])
-    for (int64_t i = 0; i < n; ++i) store_columns(o_[i], h_.out, begin + i, first, o.width);
+  tile_store<0>(o, V_ * 4);
+  if constexpr (panels > 1) tile_store<1>(o + kKdaPanel, V_ * 4);
+  if (!finite) add_chunk_by_rows<panels>(r, o);
 }
 
 template <int panels>
-void TiledHead::add_chunk_by_rows(const ChunkTiles& r, int64_t n, const View& o) {
+void TiledHead::add_chunk_by_rows(const ChunkTiles& r, float* o) {
   const auto sum_of_terms = [](BitVec high, BitVec low, int64_t j) {
     return half_of(high, j % 2) + half_of(low, j % 2);
   };
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < C; ++i)
     for (int64_t j = 0; j <= i; ++j) {
       const uint32_t* const A = r.Aqk + i * kTilePairs + j / 2;
       const Vec a = sum_of_terms(BitVec{} + A[0], BitVec{} + A[kHalf], j);
       for (int p = 0; p < panels; ++p)
         for (int64_t column = 0; column < kKdaPanel; column += kLanes) {
           const uint32_t* const u = u_[p][j / 2] + column;
-          float* const to = o.data + i * o.row + p * kKdaPanel + column;
+          float* const to = o + i * V_ + p * kKdaPanel + column;
           const BitVec high = load_bits<BitVec>(u), low = load_bits<BitVec>(u + kHalf * 16);
           store(to, load(to) + a * sum_of_terms(high, low, j));
         }
@@ -329,21 +318,24 @@ void TiledHead::advance(const ChunkTiles& r, int64_t first, RowsAhead& ahead) {
 template <int panels>
 inline void TiledHead::add_written(const ChunkTiles& r, int64_t first, int64_t d) {
   const float *const keep = r.keep + d, *const change = r.change + d;
-  for (int p = 0; p < panels; ++p) {
-    float* const S = state(first, p) + d * kKdaPanel;
-    uint32_t* const to = pairs(p) + d / 2 * kKdaPanel;
-    const float(&written)[16][16] = written_[d / 16 % 2][p];
+  float* const S = state(first, 0) + d * kKdaPanel;
+  uint32_t* const to = pairs(0) + d / 2 * kKdaPanel;
+  const int64_t panel = panel_, panel_pairs = depth_ * kTile;
+  const float(&written)[kPanels][16][16] = written_[d / 16 % 2];
 #pragma GCC unroll 8
-    for (int x = 0; x < 16; x += 2)
+  for (int x = 0; x < 16; x += 2) {
+    const Vec k[2] = {broadcast(keep[x]), broadcast(keep[x + 1])},
+              c[2] = {broadcast(change[x]), broadcast(change[x + 1])};
+    for (int p = 0; p < panels; ++p)
       for (int64_t j = 0; j < kKdaPanel; j += kLanes) {
         Vec s[2];
         for (int i = 0; i < 2; ++i) {
-          float* const row = S + (x + i) * kKdaPanel + j;
+          float* const row = S + p * panel + (x + i) * kKdaPanel + j;
           const Vec before = load(row);
-          s[i] = keep[x + i] * before + (change[x + i] * before + load(written[x + i] + j));
+          s[i] = k[i] * before + (c[i] * before + load(written[p][x + i] + j));
           store(row, s[i]);
         }
-        store(to + x / 2 * kKdaPanel + j, pairs_of(s[0], s[1]));
+        store(to + p * panel_pairs + x / 2 * kKdaPanel + j, pairs_of(s[0], s[1]));
       }
   }
 }
@@ -353,13 +345,8 @@ inline void TiledHead::add_written(const ChunkTiles& r, int64_t first, int64_t d
 void kda_chunks_tiles(const KdaChunks& c) {
   TiledHead head(c);
   tile_begin();
-  // From one chunk to whole blocks: all rows but those of the first chunk have been asked for before.
-  int64_t begin = c.begin, end = min(begin + C, c.end);
-  for (int64_t length = 2 * C; begin < c.end; length = min(2 * length, kBlock * C)) {
-    const int64_t next = min(end + length, c.end);
-    head.run(begin, end, next);
-    begin = end, end = next;
-  }
+  for (int64_t begin = c.begin; begin < c.end; begin += kBlock * C)
+    head.run(begin, min(begin + kBlock * C, c.end));
   tile_end();
 }
 
