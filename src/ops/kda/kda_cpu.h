@@ -64,7 +64,7 @@ constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
 
 // kda_tiles_cpu.cc: the same with tiles (simd/tiles.h), whatever `bf16` says. avx512_bf16:: needs Isa::amx.
 // Chunks are prepared so many at a time; each leaves kda_tile_record() floats.
-constexpr int64_t kKdaTileBlock = 8;
+constexpr int64_t kKdaTileBlock = 4;
 constexpr int64_t kda_tile_depth(int64_t K) { return (K + 31) / 32; }  // tiles along K
 constexpr int64_t kda_tile_record(int64_t K) {
   return (2 * kda_tile_depth(K) + kda_padded(K) / 16 + 2) * 256 + kKdaChunk + 2 * kda_padded(K);

@@ -77,16 +77,18 @@ class TiledHead {
     const int64_t chunks = (end - begin + C - 1) / C;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t at = begin + i * C, next = min(at + C, end_);
-      RowsAhead ahead(h_, RowsAhead::kInputs, next, min(next + C, end_), kKdaFactorSteps);
+      const int64_t asked = min(at + 2 * C, end);  // the first two chunks were asked for by the block before
+      RowsAhead ahead(h_, RowsAhead::kInputs, asked, min(asked + C, end), kKdaFactorSteps);
       prepare(at, next - at, i, ahead);
     }
+    RowsAhead next(h_, RowsAhead::kInputs, end, min(end + 2 * C, end_), chunks * (V_ + 31) / 32 * K_ / 16);
     for (int64_t first = 0; first < h_.V; first += kPanels * kKdaPanel) {
       const bool two = h_.V - first > kKdaPanel, last = first + kPanels * kKdaPanel >= h_.V;
       const bool writes = last && h_.out.data;
       two ? round_state<2>(first) : round_state<1>(first);
-      RowsAhead ahead(h_, RowsAhead::kOutput, begin, writes ? end : begin, chunks * K_ / 16);
+      RowsAhead out(h_, RowsAhead::kOutput, begin, writes ? end : begin, chunks * K_ / 16);
       for (int64_t i = 0; i < chunks; ++i) {
-        two ? columns<2>(i, first, ahead) : columns<1>(i, first, ahead);
+        two ? columns<2>(i, first, next, out) : columns<1>(i, first, next, out);
         for (int64_t t = 0; writes && t < min(C, end - begin - i * C); ++t)
           store_columns(values(i, 0) + t * V_, h_.out, begin + i * C + t, 0, h_.V);
       }
@@ -100,7 +102,7 @@ class TiledHead {
   template <int panels>
   void round_state(int64_t first);
   template <int panels>
-  void columns(int64_t i, int64_t first, RowsAhead&);
+  void columns(int64_t i, int64_t first, RowsAhead& next, RowsAhead& out);
   template <int panels>
   void read_state(const ChunkTiles&);
   template <int panels>
@@ -110,7 +112,7 @@ class TiledHead {
   template <int panels>
   void add_chunk_by_rows(const ChunkTiles&, float* o);
   template <int panels>
-  void advance(const ChunkTiles&, int64_t first, RowsAhead&);
+  void advance(const ChunkTiles&, int64_t first, RowsAhead& next, RowsAhead& out);
   template <int panels>
   void add_written(const ChunkTiles&, int64_t first, int64_t d);
 
@@ -191,13 +193,13 @@ void TiledHead::round_state(int64_t first) {
 
 // Columns [first, first + 16 · panels) of V in chunk i.
 template <int panels>
-void TiledHead::columns(int64_t i, int64_t first, RowsAhead& ahead) {
+void TiledHead::columns(int64_t i, int64_t first, RowsAhead& next, RowsAhead& out) {
   const ChunkTiles r = record(i);
   float* const v = values(i, first);
   read_state<panels>(r);
   const bool finite = solve<panels>(r, v);
   if (h_.out.data) read_chunk<panels>(r, v, finite);
-  advance<panels>(r, first, ahead);
+  advance<panels>(r, first, next, out);
 }
 
 // Sᵀ q_in into tiles 0 and 1, Sᵀ k_in through 2 and 3 into read_.
@@ -290,7 +292,7 @@ void TiledHead::add_chunk_by_rows(const ChunkTiles& r, float* o) {
 // S <- Diag(decay) S + sum_j k_out_j u_jᵀ, and its pairs. 16 channels are multiplied while those before are
 // added to the state.
 template <int panels>
-void TiledHead::advance(const ChunkTiles& r, int64_t first, RowsAhead& ahead) {
+void TiledHead::advance(const ChunkTiles& r, int64_t first, RowsAhead& next, RowsAhead& out) {
   tile_load<2>(u_[0][0], 64);
   tile_load<3>(u_[0][kHalf], 64);
   if constexpr (panels > 1) {
@@ -309,7 +311,8 @@ void TiledHead::advance(const ChunkTiles& r, int64_t first, RowsAhead& ahead) {
     tile_store<0>(to[0][0]);
     if constexpr (panels > 1) tile_store<1>(to[1][0]);
     if (d > 0) add_written<panels>(r, first, d - 16);
-    ahead.step();
+    next.step();
+    out.step();
   }
   add_written<panels>(r, first, K_ - 16);
 }
