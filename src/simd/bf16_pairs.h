@@ -35,6 +35,17 @@ inline BitVec pairs_of(Vec first, Vec second) {
 #endif
 }
 
+// Neighbours in 2 kLanes values that lie in order, `low` the first of them.
+inline BitVec neighbours(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+  return (BitVec)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+#else
+  const HalfVec both[2] = {__builtin_convertvector(round_bf16(low), HalfVec),
+                           __builtin_convertvector(round_bf16(high), HalfVec)};
+  return load_bits<BitVec>(both);
+#endif
+}
+
 inline Vec dot_pairs(Vec sum, BitVec a, BitVec b) {
 #if defined(__AVX512BF16__)
   return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);

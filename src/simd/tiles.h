@@ -42,8 +42,8 @@ inline void tile_load(const void* rows, int64_t stride_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride_bytes), "i"(t) : "memory");
 }
 template <int t>
-inline void tile_store(float* rows) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(int64_t{64}), "i"(t) : "memory");
+inline void tile_store(float* rows, int64_t stride_bytes = 64) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride_bytes), "i"(t) : "memory");
 }
 // c[i, j] += sum_p a[i, p].first · b[p, j].first + a[i, p].second · b[p, j].second
 template <int c, int a, int b>
@@ -73,8 +73,9 @@ inline void tile_load(const void* rows, int64_t stride_bytes) {
     __builtin_memcpy(tiles().words[t][i], static_cast<const char*>(rows) + i * stride_bytes, 64);
 }
 template <int t>
-inline void tile_store(float* rows) {
-  __builtin_memcpy(rows, tiles().words[t], sizeof tiles().words[t]);
+inline void tile_store(float* rows, int64_t stride_bytes = 64) {
+  for (int i = 0; i < kTileRows; ++i)
+    __builtin_memcpy(reinterpret_cast<char*>(rows) + i * stride_bytes, tiles().words[t][i], 64);
 }
 template <int c, int a, int b>
 inline void tile_multiply() {

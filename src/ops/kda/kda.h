@@ -76,8 +76,8 @@ struct KdaArgs {
 };
 
 // Any lengths. CPU: the chunkwise algorithm in f32, to 5e-6 of the recurrence in f64 (rel-RMS of outputs and
-// of states); in f64 where beta may pass 1. With ctx.precision == Precision::bf16 on AVX-512-BF16 (f32
-// elsewhere) what reads the state is rounded to bf16: 4e-3.
+// of states); in f64 where beta may pass 1. With ctx.precision == Precision::bf16 on AMX or on AVX-512-BF16
+// where that is faster than f32 (f32 elsewhere), what reads the state is rounded to bf16: 4e-3.
 void kda_prefill(Ctx&, const KdaArgs&);
 // Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
 // CPU.

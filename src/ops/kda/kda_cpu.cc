@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "ops/kda/kda_factors.h"
+#include "ops/kda/kda_rows_ahead.h"
 #include "ops/kda/kda_vec.h"
 
 namespace kl::KL_ISA {
@@ -78,39 +79,6 @@ inline __attribute__((always_inline)) void multiply_tile(const Left<T>& a, const
   }
 }
 
-// Asks for the rows of the chunk that comes next, a few at a time while the current one is computed. The rows
-// of a token lie far from those of the next one, mostly on a page of their own: without this, a quarter of
-// the time went into waiting for them. Into the second-level cache: the first one is full of the state.
-class RowsAhead {
- public:
-  RowsAhead(const KdaCpuHead& h, int64_t begin, int64_t end, int64_t steps)
-      : rows_{&h.q, &h.k, &h.g, &h.v, &h.out},
-        bytes_{bytes(h.q, h.K), bytes(h.k, h.K), bytes(h.g, h.K), bytes(h.v, h.V), bytes(h.out, h.V)},
-        row_(begin),
-        end_(end),
-        per_step_((end - begin) * kTensors / steps + 1) {}
-
-  void step() {
-    for (int64_t i = 0; i < per_step_ && row_ < end_; ++i) {
-      const KdaHeadRows& rows = *rows_[tensor_];
-      const char* const row = rows.data + row_ * rows.stride;
-      for (int64_t byte = 0; byte < bytes_[tensor_]; byte += 64) __builtin_prefetch(row + byte, 0, 2);
-      if (++tensor_ == kTensors) tensor_ = 0, ++row_;
-    }
-  }
-
- private:
-  static constexpr int kTensors = 5;
-  static int64_t bytes(const KdaHeadRows& rows, int64_t n) {
-    return n * (rows.dtype == DType::bf16 ? 2 : rows.dtype == DType::f32 ? 4 : 8);
-  }
-
-  const KdaHeadRows* rows_[kTensors];
-  int64_t bytes_[kTensors];
-  int64_t row_, end_, per_step_;
-  int tensor_ = 0;
-};
-
 // What the products that read the state are made of: f32, or pairs of bf16 that are rounded from it.
 //
 // The product that writes is f32 in both cases: a token writes the difference of its value and a prediction,
@@ -155,10 +123,10 @@ class Chunk {
     begin_ = begin, n_ = n;
     for (int64_t i = 0; i < n_; ++i) load_columns(h_.v, begin_ + i, 0, h_.V, u_ + i * V_);
     for (int64_t x = n_ * V_; x < C * V_; x += kLanes) store(u_ + x, Vec{});
-    kda_factors(h_, begin_, n_, f_);
-    if constexpr (bf16) round_factors();
     const int64_t next = begin + n, tiles = (n_ + kRows - 1) / kRows * (V_ / (kCols * kLanes) + 1);
-    RowsAhead ahead(h_, next, min(next + C, end_), tiles);
+    RowsAhead ahead(h_, RowsAhead::kAll, next, min(next + C, end_), kKdaFactorSteps + tiles);
+    kda_factors(h_, begin_, n_, bf16, ahead, f_);
+    if constexpr (bf16) round_factors();
     for (int64_t first = 0; first < h_.V; first += kColumns)
       columns(first, min(kColumns, h_.V - first), ahead);
   }

@@ -8,8 +8,12 @@
 namespace kl {
 
 void kda_prefill_cpu(Ctx&, const KdaArgs&);  // kda_heads.cc
-// With the products of bf16, whether the processor has them or not; for tests.
-void kda_prefill_cpu_bf16(Ctx&, const KdaArgs&);
+// What the products that read and write the state are made of: f32, pairs of bf16 for what reads it, or tiles
+// of bf16. kda_products() says which ones kda_prefill_cpu() takes on this processor.
+enum class KdaProducts : uint8_t { f32, pairs, tiles };
+KdaProducts kda_products(Precision);
+// With these products, whether the processor has them or not; for tests.
+void kda_prefill_cpu_with(KdaProducts, Ctx&, const KdaArgs&);
 void kda_decode_cpu(Ctx&, const KdaArgs&);
 
 // One head of a tensor [T, heads, n].
@@ -41,7 +45,7 @@ struct KdaChunks {
   const KdaCpuHead& head;
   int64_t begin, end;
   float* state;   // in panels, see below; read and updated, its padding is zero
-  float* memory;  // kda_chunks_memory() floats, 64-byte aligned
+  float* memory;  // kda_chunks_memory() or kda_tiles_memory() floats, 64-byte aligned
   bool bf16;      // products that read the state take operands rounded to bf16; the state stays f32
 };
 constexpr int64_t kKdaChunk = 16;
@@ -56,6 +60,18 @@ constexpr int64_t kda_panels_size(int64_t K, int64_t V) {
 constexpr int64_t kda_chunks_memory(int64_t K, int64_t V) {
   const int64_t f32 = (4 * kKdaChunk + 2) * kda_padded(K) + kKdaChunk * kda_padded(V);
   return f32 + kKdaChunk * kda_padded(K) + kda_panels_size(K, V) / 2;  // behind it what is rounded
+}
+
+// kda_tiles_cpu.cc: the same with tiles (simd/tiles.h), whatever `bf16` says. avx512_bf16:: needs Isa::amx.
+// Chunks are prepared so many at a time; each leaves kda_tile_record() floats.
+constexpr int64_t kKdaTileBlock = 4;
+constexpr int64_t kda_tile_depth(int64_t K) { return (K + 31) / 32; }  // tiles along K
+constexpr int64_t kda_tile_record(int64_t K) {
+  return (2 * kda_tile_depth(K) + kda_padded(K) / 16 + 2) * 256 + kKdaChunk + 2 * kda_padded(K);
+}
+constexpr int64_t kda_tiles_memory(int64_t K, int64_t V) {
+  return kKdaTileBlock * (kda_tile_record(K) + kKdaChunk * kda_padded(V)) +
+         (4 * kKdaChunk + 2) * kda_padded(K) + 2 * kda_tile_depth(K) * 256;
 }
 
 // Rows of a decoded state, an odd number of cache lines apart for the same reason.
@@ -77,6 +93,7 @@ struct KdaDecode {
 };
 constexpr int64_t kda_decode_memory(int64_t K, int64_t V) { return 7 * kda_padded(K) + 2 * kda_padded(V); }
 
-KL_DECLARE_PER_ISA(void kda_chunks(const KdaChunks&); void kda_decode_head(const KdaDecode&);)
+KL_DECLARE_PER_ISA(void kda_chunks(const KdaChunks&); void kda_chunks_tiles(const KdaChunks&);
+                   void kda_decode_head(const KdaDecode&);)
 
 }  // namespace kl

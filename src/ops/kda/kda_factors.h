@@ -5,6 +5,8 @@
 
 namespace kl::KL_ISA {
 
+class RowsAhead;
+
 // Of up to C = kKdaChunk tokens; rows are kda_padded(K) wide, those of tokens that do not exist are zero.
 struct KdaFactors {
   static constexpr int64_t C = kKdaChunk;
@@ -24,7 +26,9 @@ struct KdaFactors {
   }
 };
 
-// kda_factors_cpu.cc: tokens [begin, begin + n), n from 1 to C; beta is read as a logit.
-void kda_factors(const KdaCpuHead&, int64_t begin, int64_t n, KdaFactors&);
+// kda_factors_cpu.cc: tokens [begin, begin + n), n from 1 to C; beta is read as a logit. `rounded`: to a few
+// 1e-6, for products of bf16. Takes kKdaFactorSteps steps of `ahead`.
+void kda_factors(const KdaCpuHead&, int64_t begin, int64_t n, bool rounded, RowsAhead& ahead, KdaFactors&);
+constexpr int64_t kKdaFactorSteps = 28;
 
 }  // namespace kl::KL_ISA

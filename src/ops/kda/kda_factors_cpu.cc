@@ -10,6 +10,10 @@
 // 5e-7 that no chunk passes on, because the state decays by the sum of the whole chunk. That takes 1.4
 // exponentials a token and channel, where an exponential for each block's own interval takes six.
 #include "ops/kda/kda_factors.h"
+
+#include <type_traits>
+
+#include "ops/kda/kda_rows_ahead.h"
 #include "ops/kda/kda_vec.h"
 
 namespace kl::KL_ISA {
@@ -17,18 +21,21 @@ namespace {
 
 constexpr int64_t C = KdaFactors::C;
 
+// `rounded`: exponentials, norms and softplus to a few 1e-6, which is for products of bf16.
+template <bool rounded>
 class Preparation {
  public:
-  Preparation(const KdaCpuHead& h, KdaFactors& f) : h_(h), f_(f), K_(kda_padded(h.K)) {}
+  Preparation(const KdaCpuHead& h, KdaFactors& f, RowsAhead& ahead)
+      : h_(h), f_(f), ahead_(ahead), K_(kda_padded(h.K)) {}
 
   void run(int64_t begin, int64_t n) {
     load_rows(begin, n);
     load_beta(begin, n);
-    for (int64_t first = 0; first < C; first += 2) pairs_of_two(first);
-    for (int64_t first = 0; first < C; first += 4) pairs_of_four(first);
+    for (int64_t first = 0; first < C; first += 2) pairs_of_two(first), ahead_.step();
+    for (int64_t first = 0; first < C; first += 4) pairs_of_four(first), ahead_.step();
     for (int64_t half = 4; half < C; half *= 2)
       for (int64_t first = 0; first < C; first += 2 * half) {
-        for (int64_t i = first + half; i < first + 2 * half; ++i)
+        for (int64_t i = first + half; i < first + 2 * half; ++i, ahead_.step())
           for (int64_t j = first; j < first + half; j += 4) dot_four(i, j);
         join(first, half);
       }
@@ -46,6 +53,7 @@ class Preparation {
   void pairs_of_four(int64_t first);
   void dot_four(int64_t i, int64_t j);
   void join(int64_t first, int64_t half);
+  static Vec factor(Vec log_decay) { return rounded ? exp_rounded(log_decay) : exp(log_decay); }
 
   float* q(int64_t i) const { return f_.q_in + i * K_; }
   float* k(int64_t i) const { return f_.k_in + i * K_; }
@@ -56,21 +64,24 @@ class Preparation {
 
   const KdaCpuHead& h_;
   KdaFactors& f_;
+  RowsAhead& ahead_;
   const int64_t K_;  // padded
 };
 
-void Preparation::load_rows(int64_t begin, int64_t n) {
+template <bool rounded>
+void Preparation<rounded>::load_rows(int64_t begin, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     load_columns(h_.q, begin + i, 0, h_.K, q(i));
     load_columns(h_.k, begin + i, 0, h_.K, k(i));
     load_columns(h_.g, begin + i, 0, h_.K, g(i));
-    apply_gate(h_, g(i));
+    apply_gate<rounded>(h_, g(i));
   }
   for (int64_t x = n * K_; x < C * K_; x += kLanes)
     for (float* const rows : {f_.q_in, f_.k_in, f_.g}) store(rows + x, Vec{});
 }
 
-void Preparation::load_beta(int64_t begin, int64_t n) {
+template <bool rounded>
+void Preparation<rounded>::load_beta(int64_t begin, int64_t n) {
   alignas(64) float padded[16];
   for (int64_t i = 0; i < n; ++i) {
     load_columns(h_.beta, begin + i, 0, 1, padded);
@@ -81,16 +92,24 @@ void Preparation::load_beta(int64_t begin, int64_t n) {
 }
 
 // Raw rows of q and k -> everything of a block of two; the diagonal of Aqk.
-void Preparation::pairs_of_two(int64_t first) {
+template <bool rounded>
+void Preparation<rounded>::pairs_of_two(int64_t first) {
   const int64_t second = first + 1;
-  const RowScale q0_scale = scale_of(h_, h_.scale, q(first)), q1_scale = scale_of(h_, h_.scale, q(second)),
-                 k0_scale = scale_of(h_, 1, k(first)), k1_scale = scale_of(h_, 1, k(second));
+  typename std::conditional<rounded, float, RowScale>::type q0_scale, q1_scale, k0_scale, k1_scale;
+  if constexpr (rounded) {
+    const Quad scales =
+        scales_of(h_, Quad{h_.scale, h_.scale, 1, 1}, {q(first), q(second), k(first), k(second)});
+    q0_scale = scales[0], q1_scale = scales[1], k0_scale = scales[2], k1_scale = scales[3];
+  } else {
+    q0_scale = scale_of(h_, h_.scale, q(first)), q1_scale = scale_of(h_, h_.scale, q(second));
+    k0_scale = scale_of(h_, 1, k(first)), k1_scale = scale_of(h_, 1, k(second));
+  }
   Vec own0{}, own1{}, qk{}, kk{};
   for (int64_t d = 0; d < K_; d += kLanes) {
     const Vec q0 = q0_scale * load(q(first) + d), k0 = k0_scale * load(k(first) + d);
     const Vec q1 = q1_scale * load(q(second) + d), k1 = k1_scale * load(k(second) + d);
     const Vec g0 = load(g(first) + d), g1 = load(g(second) + d);
-    const Vec a0 = exp(g0), a1 = exp(g1), q1_in = q1 * a1, k1_in = k1 * a1;
+    const Vec a0 = factor(g0), a1 = factor(g1), q1_in = q1 * a1, k1_in = k1 * a1;
     own0 += q0 * k0, own1 += q1 * k1;
     qk += q1_in * k0, kk += k1_in * k0;
     store(q(first) + d, q0 * a0), store(q(second) + d, q1_in * a0);
@@ -104,7 +123,8 @@ void Preparation::pairs_of_two(int64_t first) {
 }
 
 // Two blocks of two -> a block of four.
-void Preparation::pairs_of_four(int64_t first) {
+template <bool rounded>
+void Preparation<rounded>::pairs_of_four(int64_t first) {
   Vec qk[2][2] = {}, kk[2][2] = {};
   for (int64_t d = 0; d < K_; d += kLanes) {
     const Vec left = load(g(first + 1) + d), right = load(g(first + 3) + d);
@@ -128,7 +148,8 @@ void Preparation::pairs_of_four(int64_t first) {
 }
 
 // Row i with rows [j, j + 4) of the other half.
-void Preparation::dot_four(int64_t i, int64_t j) {
+template <bool rounded>
+void Preparation<rounded>::dot_four(int64_t i, int64_t j) {
   Vec qk[4] = {}, kk[4] = {};
   for (int64_t d = 0; d < K_; d += kLanes) {
     const Vec q_i = load(q(i) + d), k_i = load(k(i) + d);
@@ -143,11 +164,12 @@ void Preparation::dot_four(int64_t i, int64_t j) {
 }
 
 // Two blocks of `half` tokens -> one.
-void Preparation::join(int64_t first, int64_t half) {
+template <bool rounded>
+void Preparation<rounded>::join(int64_t first, int64_t half) {
   const int64_t middle = first + half;
   for (int64_t d = 0; d < K_; d += kLanes) {
     const Vec g_left = load(g(first) + d), g_right = load(g(middle) + d);
-    const Vec left = exp(g_left), right = exp(g_right);
+    const Vec left = factor(g_left), right = factor(g_right);
     for (int64_t r = 0; r < half; ++r) {
       float *const q_row = q(middle + r) + d, *const k_row = k(middle + r) + d,
                    *const k_out_row = k_out(first + r) + d;
@@ -161,8 +183,9 @@ void Preparation::join(int64_t first, int64_t half) {
 
 }  // namespace
 
-void kda_factors(const KdaCpuHead& h, int64_t begin, int64_t n, KdaFactors& f) {
-  Preparation(h, f).run(begin, n);
+void kda_factors(const KdaCpuHead& h, int64_t begin, int64_t n, bool rounded, RowsAhead& ahead,
+                 KdaFactors& f) {
+  rounded ? Preparation<true>(h, f, ahead).run(begin, n) : Preparation<false>(h, f, ahead).run(begin, n);
 }
 
 }  // namespace kl::KL_ISA

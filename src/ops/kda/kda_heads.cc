@@ -35,25 +35,41 @@ KdaCpuHead cpu_head(const Head& h, const HeadGate<float>& gate) {
           .lower_bound = args.gate.lower_bound};
 }
 
+// f(elements of the pool, elements of the panels, n) for all pieces of rows that lie in order in both; false
+// if the pool has other elements or another order.
+template <class Panels, class F>
+bool for_each_piece(const Head& h, int64_t slot, Panels* S, F&& f) {
+  const Tensor pool = h.args.state[slot][h.head];
+  if (pool.dtype != DType::f32 || h.args.state_v_first || pool.stride[1] != 1) return false;
+  for (int64_t d = 0; d < h.K; ++d)
+    for (int64_t i = 0; i < h.V; i += kKdaPanel)
+      f(pool.ptr<float>() + d * pool.stride[0] + i, S + panel_index(h.K, d, i), std::min(kKdaPanel, h.V - i));
+  return true;
+}
+
 void load_panels(const Head& h, int64_t slot, float* S) {
   std::fill(S, S + kda_panels_size(h.K, h.V), 0.f);
   if (slot < 0) return;
+  if (for_each_piece(h, slot, S, [](const float* x, float* s, int64_t n) { std::copy_n(x, n, s); })) return;
   for_each_of_state(h, slot,
                     [&](auto x, int64_t d, int64_t i) { S[panel_index(h.K, d, i)] = static_cast<float>(x); });
 }
 
 void store_panels(const Head& h, const float* S, int64_t slot) {
   if (slot < 0) return;
+  if (for_each_piece(h, slot, S, [](float* x, const float* s, int64_t n) { std::copy_n(s, n, x); })) return;
   for_each_of_state(
       h, slot, [&]<class T>(T& x, int64_t d, int64_t i) { x = static_cast<T>(S[panel_index(h.K, d, i)]); });
 }
 
 // Checkpoints lie between chunks: their rows are multiples of 16 tokens.
-void prefill_rows(const Head& h, const KdaCpuHead& head, int64_t begin, int64_t end, bool bf16, float* S,
-                  float* memory) {
+void prefill_rows(const Head& h, const KdaCpuHead& head, int64_t begin, int64_t end, KdaProducts products,
+                  float* S, float* memory) {
   static_assert(16 % kKdaChunk == 0);
   const auto advance_to = [&](int64_t row) {
-    KL_ACTIVE_ISA(kda_chunks)({head, begin, row, S, memory, bf16});
+    const KdaChunks chunks = {head, begin, row, S, memory, products == KdaProducts::pairs};
+    products == KdaProducts::tiles ? KL_ACTIVE_ISA(kda_chunks_tiles)(chunks)
+                                   : KL_ACTIVE_ISA(kda_chunks)(chunks);
     begin = row;
   };
   for_each_checkpoint(h.args, begin, end, [&](int64_t row, int64_t slot) {
@@ -81,11 +97,11 @@ void load_padded(const Head& h, int64_t slot, float* S) {
   std::fill(S + h.K * stride, S + kda_padded(h.K) * stride, 0.f);
 }
 
-template <bool bf16>
+template <KdaProducts products>
 void prefill_head(const Head& h, float* memory) {
   const HeadGate<float> gate(h.args.gate, h.head, h.K);
   kda::load_panels(h, h.read_slot, memory);
-  kda::prefill_rows(h, kda::cpu_head(h, gate), h.begin, h.end, bf16, memory,
+  kda::prefill_rows(h, kda::cpu_head(h, gate), h.begin, h.end, products, memory,
                     memory + kda_panels_size(h.K, h.V));
   kda::store_panels(h, memory, h.write_slot);
 }
@@ -169,27 +185,48 @@ void run_heads(Ctx& ctx, const KdaArgs& args, int64_t memory, void (*work)(const
 }
 
 // Where beta may pass 1, rounding errors of f32 add up from chunk to chunk (kda_chunk_ref.cc says how): f64.
-void prefill(Ctx& ctx, const KdaArgs& args, bool bf16) {
+void prefill(Ctx& ctx, const KdaArgs& args, KdaProducts products) {
   const int64_t K = args.q.size(2), V = args.v.size(2);
   if (args.beta_kind != KdaBeta::sigmoid) return run_heads(ctx, args, state_size(args), prefill_head_f64);
-  if (args.segment > 0) return kda::prefill_segments(ctx, args, bf16);
-  run_heads(ctx, args, std::max(state_size(args), kda_panels_size(K, V) + kda_chunks_memory(K, V)),
-            bf16 ? prefill_head<true> : prefill_head<false>);
+  if (args.segment > 0) return kda::prefill_segments(ctx, args, products);
+  run_heads(ctx, args, std::max(state_size(args), kda_panels_size(K, V) + kda::prefill_memory(K, V)),
+            products == KdaProducts::tiles   ? prefill_head<KdaProducts::tiles>
+            : products == KdaProducts::pairs ? prefill_head<KdaProducts::pairs>
+                                             : prefill_head<KdaProducts::f32>);
+}
+
+// A Sapphire Rapids does a quarter as many dot products of pairs as FMA, so that KDA takes 1.3 times as long
+// with them as in f32 (docs/2026-11-25-kda-amx.md). By family, not measured: bits must not depend on that.
+bool dots_are_slow() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 }  // namespace
 
 int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads) {
   const int64_t state = kda_padded(K) * kda_state_stride(V);
-  const int64_t prefill = kda_panels_size(K, V) + kda_chunks_memory(K, V),
+  const int64_t prefill = kda_panels_size(K, V) + kda::prefill_memory(K, V),
                 decode = state + kda_decode_memory(K, V);
   return threads * std::max({state, prefill, decode}) * int64_t{sizeof(float)};
 }
 
-void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) {
-  prefill(ctx, args, ctx.precision == Precision::bf16 && active_isa() == Isa::avx512_bf16);
+KdaProducts kda_products(Precision precision) {
+  if (precision != Precision::bf16) return KdaProducts::f32;
+  switch (active_isa()) {
+    case Isa::amx: return KdaProducts::tiles;
+    case Isa::avx512_bf16: return dots_are_slow() ? KdaProducts::f32 : KdaProducts::pairs;
+    default: return KdaProducts::f32;
+  }
 }
-void kda_prefill_cpu_bf16(Ctx& ctx, const KdaArgs& args) { prefill(ctx, args, true); }
+
+void kda_prefill_cpu(Ctx& ctx, const KdaArgs& args) { prefill(ctx, args, kda_products(ctx.precision)); }
+void kda_prefill_cpu_with(KdaProducts products, Ctx& ctx, const KdaArgs& args) {
+  prefill(ctx, args, products);
+}
 
 void kda_decode_cpu(Ctx& ctx, const KdaArgs& args) {
   run_heads(ctx, args, state_size(args) + kda_decode_memory(args.q.size(2), args.v.size(2)), decode_head);

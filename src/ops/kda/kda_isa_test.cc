@@ -150,6 +150,9 @@ TEST(KdaIsa, DecodeHasTheSameBitsWhereverTheStateIs) {
   });
 }
 
+void prefill_pairs(Ctx& ctx, const KdaArgs& args) { kda_prefill_cpu_with(KdaProducts::pairs, ctx, args); }
+void prefill_tiles(Ctx& ctx, const KdaArgs& args) { kda_prefill_cpu_with(KdaProducts::tiles, ctx, args); }
+
 // With more threads than heads, the columns of V are shared out; checkpoints and layouts go with them.
 TEST(KdaIsa, SameBitsHoweverColumnsAreCut) {
   for (const bool v_first : {false, true}) {
@@ -157,7 +160,8 @@ TEST(KdaIsa, SameBitsHoweverColumnsAreCut) {
     KdaIndices row{{32}}, slot{{problem.slot_of(1)}};
     KdaIndices states{{problem.slot_of(0), -1}};
     for_each_isa([&] {
-      for (const auto kda : {kda_prefill, kda_decode, kda_prefill_cpu_bf16}) {
+      for (const auto kda : {kda_prefill, kda_decode, prefill_pairs, prefill_tiles}) {
+        if (kda == prefill_tiles && active_isa() == Isa::avx512_bf16) continue;  // has them or nothing
         const auto on = [&](int threads) {
           return problem.run([&](KdaArgs args) {
             args.slot = states.tensor();
@@ -213,7 +217,10 @@ TEST(KdaIsa, PrecisionIsHonouredWhereTheProcessorHasBf16) {
       Ctx ctx{.precision = Precision::bf16};
       kda_prefill(ctx, args);
     });
-    EXPECT_EQ(same_bits(exact.out.tensor, allowed.out.tensor), active_isa() != Isa::avx512_bf16);
+    EXPECT_EQ(same_bits(exact.out.tensor, allowed.out.tensor),
+              kda_products(Precision::bf16) == KdaProducts::f32);
+    EXPECT_EQ(kda_products(Precision::bf16) == KdaProducts::tiles, active_isa() == Isa::amx);
+    EXPECT_TRUE(kda_products(Precision::bf16) == KdaProducts::f32 || active_isa() >= Isa::avx512_bf16);
     EXPECT_LE(problem.error(allowed, exact), 4e-3);
   });
 }

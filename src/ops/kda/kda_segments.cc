@@ -36,9 +36,9 @@ std::vector<Segment> segments_of(const KdaArgs& args) {
 // Of every segment and head.
 class Scan {
  public:
-  Scan(Ctx& ctx, const KdaArgs& args, bool bf16)
+  Scan(Ctx& ctx, const KdaArgs& args, KdaProducts products)
       : ctx_(ctx),
-        bf16_(bf16),
+        products_(products),
         args_(args),
         segments_(segments_of(args)),
         Hv_(args.v.size(1)),
@@ -75,11 +75,12 @@ class Scan {
   void each(int64_t items, const std::function<void(int64_t, float*)>& body) {
     Scratch scratch(ctx_);
     const int64_t width = std::max(K_, V_);
-    for_each_with_scratch(ctx_.pool, items, scratch,
-                          kda_panels_size(K_, width) + kda_chunks_memory(K_, width), body);
+    for_each_with_scratch(ctx_.pool, items, scratch, kda_panels_size(K_, width) + prefill_memory(K_, width),
+                          body);
   }
-  void run_rows(const Head& h, const KdaCpuHead& rows, const Segment& s, bool bf16, float* panels) const {
-    prefill_rows(h, rows, s.begin, s.end, bf16, panels, panels + kda_panels_size(K_, rows.V));
+  void run_rows(const Head& h, const KdaCpuHead& rows, const Segment& s, KdaProducts products,
+                float* panels) const {
+    prefill_rows(h, rows, s.begin, s.end, products, panels, panels + kda_panels_size(K_, rows.V));
   }
 
   void contribution(int64_t item, float* panels) const;
@@ -88,7 +89,7 @@ class Scan {
   void outputs(int64_t item, float* panels) const;
 
   Ctx& ctx_;
-  const bool bf16_;  // of the outputs; what is chained is f32
+  const KdaProducts products_;  // of the outputs; what is chained is f32
   const KdaArgs& args_;
   const std::vector<Segment> segments_;
   const int64_t Hv_, K_, V_;
@@ -123,7 +124,7 @@ void Scan::contribution(int64_t item, float* panels) const {
   KdaCpuHead rows = cpu_head(h, gate);
   rows.out.data = nullptr;
   load_panels(h, -1, panels);
-  run_rows(h, rows, s, false, panels);
+  run_rows(h, rows, s, KdaProducts::f32, panels);
   for (int64_t i = 0; i < V_; ++i)
     for (int64_t d = 0; d < K_; ++d) S(item)[i * K_ + d] = panels[panel_index(K_, d, i)];
 }
@@ -141,7 +142,7 @@ void Scan::transition(int64_t item, float* panels) const {
   rows.v = {reinterpret_cast<char*>(const_cast<float*>(zeros_.data())), DType::f32, 0};  // only read
   std::fill(panels, panels + kda_panels_size(K_, K_), 0.f);
   for (int64_t d = 0; d < K_; ++d) panels[panel_index(K_, d, d)] = 1;
-  run_rows(h, rows, s, false, panels);
+  run_rows(h, rows, s, KdaProducts::f32, panels);
   for (int64_t d = 0; d < K_; ++d)
     for (int64_t i = 0; i < K_; ++i) M(item)[d * K_ + i] = panels[panel_index(K_, d, i)];
 }
@@ -183,12 +184,14 @@ void Scan::outputs(int64_t item, float* panels) const {
   std::fill(panels, panels + kda_panels_size(K_, V_), 0.f);
   for (int64_t i = 0; i < V_; ++i)
     for (int64_t d = 0; d < K_; ++d) panels[panel_index(K_, d, i)] = S_before[i * K_ + d];
-  run_rows(h, cpu_head(h, gate), s, bf16_, panels);
+  run_rows(h, cpu_head(h, gate), s, products_, panels);
   if (s.last) store_panels(h, panels, h.write_slot);
 }
 
 }  // namespace
 
-void prefill_segments(Ctx& ctx, const KdaArgs& args, bool bf16) { Scan(ctx, args, bf16).run(); }
+void prefill_segments(Ctx& ctx, const KdaArgs& args, KdaProducts products) {
+  Scan(ctx, args, products).run();
+}
 
 }  // namespace kl::kda

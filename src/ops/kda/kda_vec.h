@@ -31,6 +31,27 @@ inline Vec softplus(Vec x) {
   return max(x, Vec{}) + log1p_unit(exp(-magnitude));
 }
 
+// The same and e^x, x <= 0, to a few 1e-6: for kernels that round to bf16 anyway.
+inline Vec exp_rounded(Vec x) {
+  constexpr float kRound = 0x1.8p23f;
+  const Vec t = x * 0x1.715476p0f, shifted = t + kRound, r = t - (shifted - kRound);
+  Vec p = r * 0.009570102f + 0.05591786f;  // 2^r, |r| <= 1/2, to 2.6e-6
+  p = p * r + 0.24024745f;
+  p = p * r + 0.69312181f;
+  p = p * r + 0.99999926f;
+  return t < -126.f ? Vec{} : p * (Vec)(((BitVec)shifted << 23) + 0x3f800000u);
+}
+inline Vec softplus_rounded(Vec x) {
+  const Vec y = exp_rounded(-(Vec)((BitVec)x & 0x7fffffffu));
+  Vec p = y * 0.014141021f - 0.066401793f;  // log(1 + y) / y, y in [0, 1], to 1.3e-6
+  p = p * y + 0.14922387f;
+  p = p * y - 0.2350386f;
+  p = p * y + 0.33109449f;
+  p = p * y - 0.49986966f;
+  p = p * y + 0.99999873f;
+  return max(x, Vec{}) + y * p;
+}
+
 // A factor e^x, x <= 0, of a state S, as keep · S + change · S. A weak decay adds expm1(x) · S: e^-1e-4,
 // rounded to f32, is wrong by the same 2e-8 at every step, and a thousand steps later the state by 2e-5.
 struct Decay {
@@ -121,14 +142,28 @@ inline void normalise(const KdaCpuHead& h, float factor, float* x) {
   for (int64_t i = 0; i < kda_padded(h.K); i += kLanes) store(x + i, scale * load(x + i));
 }
 
-// Raw values -> log-decays from 0 to -inf.
+// factor / |x|, or `factor` without l2norm, of four rows in f32: for kernels that round to bf16 anyway.
+inline Quad scales_of(const KdaCpuHead& h, Quad factors, const float* const (&rows)[4]) {
+  if (!h.l2norm) return factors;
+  Vec squares[4] = {};
+  for (int64_t i = 0; i < kda_padded(h.K); i += kLanes)
+    for (int r = 0; r < 4; ++r) squares[r] += load(rows[r] + i) * load(rows[r] + i);
+  const Quad lengths = sum(squares[0], squares[1], squares[2], squares[3]) + h.l2_eps;
+  for (int r = 0; r < 4; ++r) factors[r] /= __builtin_sqrtf(lengths[r]);
+  return factors;
+}
+
+// Raw values -> log-decays from 0 to -inf; `rounded`: to a few 1e-6.
+template <bool rounded = false>
 inline void apply_gate(const KdaCpuHead& h, float* z) {
   if (h.gate == KdaGateKind::log_decay) return;
   for (int64_t i = 0; i < h.K; i += kLanes) {
     const int64_t rest = h.K - i;
     const Vec x = load(z + i) + (rest >= kLanes ? load(h.bias + i) : load_part(h.bias + i, rest));
-    store(z + i,
-          h.gate == KdaGateKind::softplus ? -h.rate * softplus(x) : h.lower_bound * sigmoid(h.rate * x));
+    if (h.gate == KdaGateKind::bounded)
+      store(z + i, h.lower_bound * sigmoid(h.rate * x));
+    else
+      store(z + i, -h.rate * (rounded ? softplus_rounded(x) : softplus(x)));
   }
 }
 
