@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/moe/moe.h"
+#include "simd/gemm.h"
 #include "simd/isa.h"
 
 namespace kl {
@@ -20,7 +21,7 @@ struct ExpertHidden {
   int64_t ldh;
   int64_t rows, units, D;  // rows <= kExpertRows
 };
-constexpr int64_t kExpertRows = 128;
+constexpr int64_t kExpertRows = kGemmPanelBlock;
 
 // out[i] += sum_j weights[j] · y[rows[j]]: the sum in f32 in the order of j, then added once. y [.., D].
 struct ExpertSum {
