@@ -29,7 +29,7 @@ struct Gemm {
 
 // Products of so many rows and more copy blocks of kGemmPanelBlock x 1024 elements of A into an order of
 // their own, on the stack (1 MiB), where the instruction set gains by that (AVX2).
-constexpr int64_t kGemmPanelRows = 96, kGemmPanelBlock = 258;
+constexpr int64_t kGemmPanelRows = 200, kGemmPanelBlock = 258;
 
 // For operators that share a product among threads: multiply-adds that are worth a task (some 5 us, or 20 us
 // where B comes from memory), how many of m rows of A a task takes, and how many columns of C a task of m
@@ -38,8 +38,6 @@ constexpr int64_t kGemmTask = 1 << 18;
 int64_t gemm_task_rows(int64_t m);
 int64_t gemm_task_columns(int64_t m, int64_t k);
 
-// gemm_nt_pair: two products of the same A (a, lda, m and k are those of the first).
-KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nt_pair(const Gemm&, const Gemm&);
-                   void gemm_nn(const Gemm&);)
+KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)
 
 }  // namespace kl

@@ -239,7 +239,7 @@ void run_nn(const Gemm& g) {
 
 void gemm_nt(const Gemm& g) {
 #if defined(KL_GEMM_PANELS)
-  if (g.m >= kGemmPanelRows) return gemm_nt_panels(&g, 1);
+  if (g.m >= kGemmPanelRows) return gemm_nt_panels(g);
 #endif
   switch (g.b_dtype) {
     case DType::f32: return run_nt<float>(g);
@@ -256,16 +256,6 @@ void gemm_nn(const Gemm& g) {
     case DType::f16: return run_nn<f16>(g);
     default: __builtin_unreachable();
   }
-}
-
-void gemm_nt_pair(const Gemm& g, const Gemm& h) {
-#if defined(KL_GEMM_PANELS)
-  if (g.m >= kGemmPanelRows) {
-    const Gemm both[] = {g, h};
-    return gemm_nt_panels(both, 2);
-  }
-#endif
-  gemm_nt(g), gemm_nt(h);
 }
 
 }  // namespace kl::KL_ISA

@@ -20,8 +20,7 @@ namespace kl::KL_ISA {
 constexpr int64_t kDepth = 1024;
 
 #if defined(KL_GEMM_PANELS)
-// Several products of the same rows of A (a, lda, m and k are those of the first), which are packed once.
-void gemm_nt_panels(const Gemm* products, int count);  // gemm_panels_cpu.cc
+void gemm_nt_panels(const Gemm&);  // gemm_panels_cpu.cc
 #endif
 
 }  // namespace kl::KL_ISA

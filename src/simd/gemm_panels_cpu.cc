@@ -199,8 +199,7 @@ void multiply(const Gemm& g, const Block& block, Panel& panel) {
 
 }  // namespace
 
-void gemm_nt_panels(const Gemm* products, int count) {
-  const Gemm& g = products[0];
+void gemm_nt_panels(const Gemm& g) {
   Panel panel;
   alignas(64) float packed[kGemmPanelBlock / kRows * kTileSize];
   // Blocks of equal height, of whole tiles.
@@ -213,7 +212,7 @@ void gemm_nt_panels(const Gemm* products, int count) {
       for (int64_t t = 0; t < block.tiles(); ++t)
         pack(g.a + (first + t * kRows) * g.lda + l, g.lda, min(kRows, block.rows - t * kRows), block.depth,
              packed + t * kTileSize);
-      for (int i = 0; i < count; ++i) multiply(products[i], block, panel);
+      multiply(g, block, panel);
     } while ((l += kDepth) < g.k);
   }
 }

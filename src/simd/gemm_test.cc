@@ -110,9 +110,9 @@ TEST_P(GemmTest, MatchesTheDefinitionAtEveryDepth) {
 TEST_P(GemmTest, MatchesTheDefinitionWithManyRows) {
   for (const int64_t m : {kGemmPanelRows - 1, kGemmPanelRows, kGemmPanelRows + 1, kGemmPanelBlock,
                           kGemmPanelBlock + 1, 2 * kGemmPanelBlock + 5})
-    for (const int64_t n : {0, 1, 15, 16, 17, 33})
-      for (const int64_t k : {0, 1, 7, 8, 61}) expect_close(m, n, k);
-  for (const int64_t k : {1023, 1024, 1025, 2049}) expect_close(kGemmPanelRows, 19, k);
+    for (const int64_t n : {1, 16, 17})
+      for (const int64_t k : {0, 1, 8, 61}) expect_close(m, n, k);
+  for (const int64_t k : {1023, 1024, 1025}) expect_close(kGemmPanelRows, 19, k);
 }
 
 TEST_P(GemmTest, ARowHasTheSameBitsAmongManyAndFew) {
@@ -127,22 +127,6 @@ TEST_P(GemmTest, ARowHasTheSameBitsAmongManyAndFew) {
       ASSERT_EQ(std::memcmp(g.c, whole.c.tensor.at<float>(i, 0), sizeof(float) * whole.n), 0)
           << "row " << i << " k " << k;
     }
-  }
-}
-
-TEST_P(GemmTest, PairsAreTwoProducts) {
-  if (!nt()) return;
-  for (const int64_t m : {3, 40, 120}) {
-    const Product one(true, dtype(), m, 21, 70, 1), other(true, DType::bf16, m, 37, 70, 2);
-    Gemm g = one.gemm(), h = other.gemm();
-    h.a = g.a, h.lda = g.lda;
-    one.call(g), one.call(h);
-    const auto first = testing::to_doubles(one.c.tensor), second = testing::to_doubles(other.c.tensor);
-    for (const Product* p : {&one, &other})
-      for (int64_t i = 0; i < m; ++i) std::fill_n(p->c.tensor.at<float>(i, 0), p->n, NAN);
-    KL_ACTIVE_ISA(gemm_nt_pair)(g, h);
-    EXPECT_EQ(testing::to_doubles(one.c.tensor), first);
-    EXPECT_EQ(testing::to_doubles(other.c.tensor), second);
   }
 }
 

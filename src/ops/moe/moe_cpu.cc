@@ -8,8 +8,7 @@
 namespace kl::KL_ISA {
 namespace {
 
-// Hidden units at once: gate and up of a block stay in the cache; more where each time costs a copy of x.
-constexpr int64_t kUnits = 96, kManyUnits = 256;
+constexpr int64_t kUnits = 96;  // hidden units at once: gate and up of a block stay in the cache
 
 // gate[i] = silu(gate[i]) · up[i]
 void silu_mul(float* gate, const float* up, int64_t n) {
@@ -21,44 +20,35 @@ void silu_mul(float* gate, const float* up, int64_t n) {
 }  // namespace
 
 void expert_hidden(const ExpertHidden& e) {
-  float up[kExpertRows * kManyUnits];
-  const int64_t units = e.x && e.rows >= kGemmPanelRows ? kManyUnits : kUnits;
-  for (int64_t j = 0; j < e.units; j += units) {
-    const int64_t n = e.units - j < units ? e.units - j : units;
-    const auto row = [&](const void* w, DType dtype) -> const void* {
-      return static_cast<const char*>(w) + j * e.D * size_of(dtype);
-    };
-    float* const gate = e.h + j;
-    if (e.x) {
-      const Gemm g = {.a = e.x,
-                      .lda = e.D,
-                      .b = row(e.w1, e.w1_dtype),
-                      .b_dtype = e.w1_dtype,
+  float up[kExpertRows * kUnits];
+  for (int64_t j = 0; j < e.units; j += kUnits) {
+    const int64_t n = e.units - j < kUnits ? e.units - j : kUnits;
+    const auto project = [&](const void* w, DType dtype, float* c, int64_t ldc) {
+      const void* const b = static_cast<const char*>(w) + j * e.D * size_of(dtype);
+      if (e.x)
+        gemm_nt({.a = e.x,
+                 .lda = e.D,
+                 .b = b,
+                 .b_dtype = dtype,
+                 .ldb = e.D,
+                 .c = c,
+                 .ldc = ldc,
+                 .m = e.rows,
+                 .n = n,
+                 .k = e.D});
+      else
+        gemm_nt_bf16({.a = e.packed,
+                      .b = static_cast<const bf16*>(b),
                       .ldb = e.D,
-                      .c = gate,
-                      .ldc = e.ldh,
+                      .c = c,
+                      .ldc = ldc,
                       .m = e.rows,
                       .n = n,
-                      .k = e.D};
-      Gemm h = g;
-      h.b = row(e.w3, e.w3_dtype), h.b_dtype = e.w3_dtype;
-      h.c = up, h.ldc = units;
-      gemm_nt_pair(g, h);
-    } else {
-      GemmBf16 g = {.a = e.packed,
-                    .b = static_cast<const bf16*>(row(e.w1, DType::bf16)),
-                    .ldb = e.D,
-                    .c = gate,
-                    .ldc = e.ldh,
-                    .m = e.rows,
-                    .n = n,
-                    .k = e.D};
-      gemm_nt_bf16(g);
-      g.b = static_cast<const bf16*>(row(e.w3, DType::bf16));
-      g.c = up, g.ldc = units;
-      gemm_nt_bf16(g);
-    }
-    for (int64_t i = 0; i < e.rows; ++i) silu_mul(gate + i * e.ldh, up + i * units, n);
+                      .k = e.D});
+    };
+    project(e.w1, e.w1_dtype, e.h + j, e.ldh);
+    project(e.w3, e.w3_dtype, up, kUnits);
+    for (int64_t i = 0; i < e.rows; ++i) silu_mul(e.h + i * e.ldh + j, up + i * kUnits, n);
   }
 }
 

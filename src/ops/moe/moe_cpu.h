@@ -2,7 +2,6 @@
 #pragma once
 
 #include "ops/moe/moe.h"
-#include "simd/gemm.h"
 #include "simd/isa.h"
 
 namespace kl {
@@ -21,7 +20,7 @@ struct ExpertHidden {
   int64_t ldh;
   int64_t rows, units, D;  // rows <= kExpertRows
 };
-constexpr int64_t kExpertRows = kGemmPanelBlock;
+constexpr int64_t kExpertRows = 128;
 
 // out[i] += sum_j weights[j] · y[rows[j]]: the sum in f32 in the order of j, then added once. y [.., D].
 struct ExpertSum {

@@ -13,8 +13,10 @@
 namespace kl {
 namespace {
 
-// Rows that are gathered and added up at once.
-constexpr int64_t kRows = 48;
+// Rows of an expert that are computed together, as they come and rounded: with 2304 columns, 432 and 576 KiB
+// of x stay in a core's second-level cache.
+constexpr int64_t kExactRows = 48;
+static_assert(kExactRows <= kExpertRows);
 
 constexpr int64_t kTokens = 1024;  // at once: bounds the scratch to top_k · kTokens · (D + I) floats
 
@@ -30,8 +32,7 @@ struct Sorted {
   int64_t packed = 0;             // rows of all blocks, filled up
 };
 
-// block_rows(n): how many of an expert's n rows make a block.
-Sorted sort_by_expert(const Tensor& experts, int64_t E, int64_t (*block_rows)(int64_t)) {
+Sorted sort_by_expert(const Tensor& experts, int64_t E, int64_t block_rows) {
   const int64_t T = experts.size(0), top_k = experts.size(1);
   std::vector<int32_t> first(static_cast<size_t>(E) + 1);  // row where an expert begins
   for (int64_t t = 0; t < T; ++t)
@@ -39,14 +40,12 @@ Sorted sort_by_expert(const Tensor& experts, int64_t E, int64_t (*block_rows)(in
   std::partial_sum(first.begin(), first.end(), first.begin());
 
   Sorted s;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t height = std::min(kExpertRows, block_rows(first[e + 1] - first[e]));
-    for (int64_t row = first[e]; row < first[e + 1]; row += height) {
-      const int64_t rows = std::min<int64_t>(height, first[e + 1] - row);
+  for (int64_t e = 0; e < E; ++e)
+    for (int64_t row = first[e]; row < first[e + 1]; row += block_rows) {
+      const int64_t rows = std::min<int64_t>(block_rows, first[e + 1] - row);
       s.blocks.push_back({e, row, rows, s.packed});
       s.packed += packed_bf16_rows(rows);
     }
-  }
   s.row_of.resize(static_cast<size_t>(T * top_k)), s.token_of.resize(s.row_of.size());
   for (int64_t t = 0; t < T; ++t)
     for (int64_t j = 0; j < top_k; ++j) {
@@ -100,16 +99,14 @@ const bf16* pack_blocks(Ctx& ctx, const Sorted& sorted, const float* a, int64_t 
 
 void run(Ctx& ctx, const MoeExpertsArgs& a, int64_t I, bool rounded) {
   const int64_t T = a.x.size(0), D = a.x.size(1), top_k = a.experts.size(1);
-  // 128 rows, rounded, of 2304 columns (576 KiB) stay in a core's second-level cache.
-  const auto rounded_rows = +[](int64_t) { return int64_t{128}; };
   const Sorted sorted = sort_by_expert(a.experts, static_cast<int64_t>(a.weights_of.size()),
-                                       rounded ? rounded_rows : gemm_task_rows);
+                                       rounded ? kExpertRows : kExactRows);
   const auto task_columns = rounded ? gemm_bf16_task_columns : gemm_task_columns;
   Scratch scratch(ctx);
   float* const h = scratch.f32(T * top_k * I);
   float* const rows = scratch.f32(T * top_k * D);  // the experts' inputs, later their outputs
 
-  parallel_for(ctx.pool, T * top_k, kRows, [&](int64_t begin, int64_t end) {
+  parallel_for(ctx.pool, T * top_k, kExactRows, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row)
       std::memcpy(rows + row * D, a.x.at<float>(sorted.token_of[row]),
                   static_cast<size_t>(D) * sizeof(float));
@@ -160,7 +157,7 @@ void run(Ctx& ctx, const MoeExpertsArgs& a, int64_t I, bool rounded) {
   };
   for_each_piece(ctx.pool, sorted.blocks, D, I, task_columns, project_back);
 
-  parallel_for(ctx.pool, T, kRows, [&](int64_t begin, int64_t end) {
+  parallel_for(ctx.pool, T, kExactRows, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const ExpertSum sum = {.y = rows,
                              .rows = sorted.row_of.data() + t * top_k,
