@@ -27,9 +27,15 @@ struct Gemm {
   bool accumulate = false;  // C += instead of C =
 };
 
+// Products of so many rows and more copy blocks of kGemmPanelBlock x 1024 elements of A into an order of
+// their own, on the stack (1 MiB), where the instruction set gains by that (AVX2).
+constexpr int64_t kGemmPanelRows = 200, kGemmPanelBlock = 258;
+
 // For operators that share a product among threads: multiply-adds that are worth a task (some 5 us, or 20 us
-// where B comes from memory), and how many columns of C a task of m rows needs for that.
+// where B comes from memory), how many of m rows of A a task takes, and how many columns of C a task of m
+// rows needs to be worth its start and the copying.
 constexpr int64_t kGemmTask = 1 << 18;
+int64_t gemm_task_rows(int64_t m);
 int64_t gemm_task_columns(int64_t m, int64_t k);
 
 KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)

@@ -1,7 +1,7 @@
 // gemm_nt and gemm_nn: tiles of C in registers. B is widened to f32 as it is loaded, for many rows of A once.
 #include "simd/gemm.h"
 
-#include "simd/vec.h"
+#include "simd/gemm_order.h"
 
 namespace kl::KL_ISA {
 namespace {
@@ -19,10 +19,6 @@ constexpr int kTileCols = 4;
 // With one or two rows gemm_nt waits for memory, and more rows of B at once keep more requests in flight.
 constexpr int kWideTileCols = 8;
 constexpr int tile_cols_nt(int rows) { return rows <= 2 ? kWideTileCols : kTileCols; }
-
-// gemm_nt takes k in blocks of this size and adds their sums one after the other, so that a tile's rows of A
-// (24 KiB) stay in the first-level cache while the rows of B pass.
-constexpr int64_t kDepth = 1024;
 
 // How far ahead gemm_nt asks for the rows of B: each is a stream of its own, too short for the hardware to
 // find its pace. At the end of a row the next tile's is asked for: rows are 2 to 18 KiB, so that their starts
@@ -242,6 +238,9 @@ void run_nn(const Gemm& g) {
 }  // namespace
 
 void gemm_nt(const Gemm& g) {
+#if defined(KL_GEMM_PANELS)
+  if (g.m >= kGemmPanelRows) return gemm_nt_panels(g);
+#endif
   switch (g.b_dtype) {
     case DType::f32: return run_nt<float>(g);
     case DType::bf16: return run_nt<bf16>(g);

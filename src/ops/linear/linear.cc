@@ -28,10 +28,6 @@ void check_args(const LinearArgs& a, Device device) {
   KL_CHECK(a.out.numel() == 0 || a.out.data != a.x.data, "linear: out: expected other memory than that of x");
 }
 
-// With 1024 columns 240 KiB of x, which stay in a core's second-level cache beside the weights. A Zen 3 core
-// (512 KiB) does 73 GFLOP/s with 60 rows, 67 with 96 and 73 with 48, which read the weights more often.
-constexpr int64_t kTaskRows = 60;
-
 constexpr int64_t kPackedRows = 2048;  // at once: bounds the scratch to 2048 · in elements of bf16
 constexpr int64_t kPackRows = 16;      // some 10 us; a multiple of bf16_group()
 
@@ -48,7 +44,7 @@ void for_each_block(ThreadPool* pool, const LinearArgs& a, int64_t rows, int64_t
 }
 
 void linear_exact(ThreadPool* pool, const LinearArgs& a) {
-  const int64_t in = a.x.size(1), task_rows = std::min(a.x.size(0), kTaskRows);
+  const int64_t in = a.x.size(1), task_rows = gemm_task_rows(a.x.size(0));
   const int64_t task_outputs = gemm_task_columns(task_rows, in);
   for_each_block(pool, a, task_rows, task_outputs, [&](int64_t t, int64_t rows, int64_t o, int64_t outputs) {
     const Gemm block = {.a = a.x.at<float>(t),
