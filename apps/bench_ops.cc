@@ -51,6 +51,7 @@ int bench_ops(const BenchOpsOptions& options) {
     Arena scratch;
     Trace trace;
     Ctx ctx = {.pool = &pool, .scratch = &scratch, .trace = &trace};
+    ctx.precision = engine_options(options.model).precision;
     c.run(ctx, 0);
     double bytes = 0, flops = 0;
     for (const auto& [name, entry] : trace.entries()) bytes += entry.bytes, flops += entry.flops;
@@ -65,7 +66,8 @@ int bench_ops(const BenchOpsOptions& options) {
   }
   table.finish();
   if (table_format(options.format) == TableFormat::md) {
-    print(cat("\n", model.checkpoint.directory(), ", CPU ", name_of(active_isa()), ", ", pool.threads(),
+    print(cat("\n", model.checkpoint.directory(), ", CPU ", name_of(active_isa()),
+              options.model.precision == "bf16" ? " bf16, " : ", ", pool.threads(),
               pool.threads() == 1 ? " thread" : " threads",
               "; spread: from the 10th to the 90th percentile\n", "roofline, measured before: memory ",
               fixed(roofline.bytes_per_second / 1e9, 1), " GB/s, multiply-add ",

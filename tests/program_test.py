@@ -373,6 +373,9 @@ class Bench(unittest.TestCase):
             self.assertGreater(row["GB/s"], 0)
         only = json.loads(run("bench", "ops", "-m", DEMO, "--seconds", "0", "-o", "json", "--only", "short_conv").stdout)
         self.assertEqual({row["operator"] for row in only}, {"short_conv"})
+        for precision, said in (("exact", ", 1 thread"), ("bf16", " bf16, 1 thread")):
+            table = run("bench", "ops", "-m", DEMO, "--seconds", "0", "--only", "short_conv", "-t", "1", "--precision", precision).stdout
+            self.assertRegex(table, r"CPU [a-z0-9_]+" + said)
         self.assertEqual(run("bench", "ops", "-m", DEMO, "--only", "nothing of that name", "-o", "json").stdout, "[]\n")
 
     def test_wrong_numbers_are_refused(self):

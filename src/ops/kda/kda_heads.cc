@@ -195,8 +195,9 @@ void prefill(Ctx& ctx, const KdaArgs& args, KdaProducts products) {
                                              : prefill_head<KdaProducts::f32>);
 }
 
-// A Sapphire Rapids does a quarter as many dot products of pairs as FMA, so that KDA takes 1.3 times as long
-// with them as in f32 (docs/2026-11-25-kda-amx.md). By family, not measured: bits must not depend on that.
+// A Sapphire Rapids does a quarter as many dot products of pairs as FMA, so that KDA gains nothing by them
+// over f32, which is more exact (docs/2026-11-25-kda-amx.md). By family, not measured: bits must not depend
+// on that.
 bool dots_are_slow() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");
