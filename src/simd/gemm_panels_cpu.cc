@@ -7,6 +7,7 @@
 // the other, whose results then are added along the same tree. The panel and A's block are stored in that
 // order.
 #include "simd/gemm_order.h"
+#include "simd/transpose.h"
 
 #if defined(KL_GEMM_PANELS)
 
@@ -26,25 +27,6 @@ static_assert(kGemmPanelBlock % kRows == 0);
 // the next, or at the end of a lane falls into the gap.
 constexpr int64_t kLaneStride = kSteps * kRows + kLanes - kRows;
 constexpr int64_t kTileSize = kLanes * kLaneStride;
-
-// Rows become columns: out[i][j] = in[j][i].
-inline void transpose(Vec (&v)[kLanes]) {
-  Vec pairs[kLanes], fours[kLanes];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    pairs[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      fours[i + 2 * j] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      fours[i + 2 * j + 1] =
-          __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-}
 
 // kCols rows of B over a block of k: element (l, j) at [l % kLanes][l / kLanes][j]. Columns that do not exist
 // are zero.

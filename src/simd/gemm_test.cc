@@ -154,6 +154,9 @@ TEST_P(GemmTest, AnElementHasTheSameBitsInEveryCompany) {
 }
 
 TEST(Gemm, TasksAreWorthAThread) {
+  EXPECT_EQ(gemm_task_rows(1), 1);
+  EXPECT_EQ(gemm_task_rows(kGemmPanelRows - 1), 60);
+  EXPECT_EQ(gemm_task_rows(2 * kGemmPanelBlock), active_isa() == Isa::avx2 ? kGemmPanelBlock : 60);
   EXPECT_EQ(gemm_task_columns(60, 4096), 64);  // never fewer
   EXPECT_EQ(gemm_task_columns(1, 4096), 64);
   EXPECT_EQ(gemm_task_columns(1, 128), 2048);

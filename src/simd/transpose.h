@@ -1,4 +1,4 @@
-// A square of 16 x 16 words, transposed in registers. For x_cpu.cc files.
+// Squares of 16 x 16 words and 8 x 8 floats, transposed in registers. For x_cpu.cc files.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,7 @@
 namespace kl::KL_ISA {
 
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef float EightFloats __attribute__((vector_size(32)));
 
 // Words `distance` apart change places between two rows.
 template <unsigned distance>
@@ -43,6 +44,25 @@ inline void transpose(Words (&rows)[16]) {
   exchange<2>(t, rows);
   exchange<4>(rows, t);
   exchange<8>(t, rows);
+}
+
+// The same for 8 x 8 floats.
+inline void transpose(EightFloats (&v)[8]) {
+  EightFloats pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      fours[i + 2 * j + 1] =
+          __builtin_shufflevector(pairs[i + j], pairs[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = __builtin_shufflevector(fours[i], fours[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = __builtin_shufflevector(fours[i], fours[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
 }
 
 }  // namespace kl::KL_ISA
