@@ -36,11 +36,17 @@ void pack_bf16(const float*, int64_t, int64_t, int64_t, bf16*) {
 void gemm_nt_bf16(const GemmBf16&) { KL_CHECK(false, "gemm_nt_bf16: this processor has no product of bf16"); }
 #endif
 
+int64_t packed_bf16_columns(int64_t k) {
+  return bf16_group() == kTileGroup ? packed_tile_columns(k) : packed_dot_columns(k);
+}
+
+int64_t gemm_bf16_most_rows() { return bf16_group() == kTileGroup ? kTileTaskRows : kGemmBf16TaskRows; }
+
 constexpr int64_t kStreamedBytes = 3 << 17;  // of B, some 10 us of reading
 
 int64_t gemm_bf16_task_columns(int64_t m, int64_t k) {
   // Many rows: a panel of A, loaded anew for every block of k, is used for enough columns to be worth that.
-  if (m > 4 * kBf16Rows) return 192;
+  if (m > 4 * kBf16Rows) return kGemmBf16TaskColumns;
   constexpr int64_t kWholeTiles = 48;  // of six rows of B, and whole lines of a row of C
   const int64_t wanted = kStreamedBytes / std::max<int64_t>(1, 2 * k);
   return std::max(kWholeTiles, wanted / kWholeTiles * kWholeTiles);

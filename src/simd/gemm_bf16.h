@@ -20,7 +20,9 @@ namespace kl {
 constexpr int64_t kBf16Rows = 4, kBf16Step = 32;  // of the dot products: a group's rows; elements of a step
 
 int64_t bf16_group();  // rows that are packed together: 4 or 16
-constexpr int64_t packed_bf16_columns(int64_t k) { return (k + kBf16Step - 1) / kBf16Step * kBf16Step; }
+constexpr int64_t packed_dot_columns(int64_t k) { return (k + kBf16Step - 1) / kBf16Step * kBf16Step; }
+int64_t packed_bf16_columns(
+    int64_t k);  // elements from row to row: of the dot products' back-end or the tiles'
 inline int64_t packed_bf16_rows(int64_t m) { return (m + bf16_group() - 1) / bf16_group() * bf16_group(); }
 // Elements of a packed matrix; a matrix that begins at row i, a multiple of bf16_group(), begins where a
 // packed one of i rows ends.
@@ -43,7 +45,9 @@ void gemm_nt_bf16(const GemmBf16&);
 
 // Where operators that share a product among threads cut it: a panel of A stays in a core's second-level
 // cache, and what a task reads of B is worth its start.
+constexpr int64_t kGemmBf16TaskColumns = 192;  // of many rows
 constexpr int64_t kGemmBf16TaskRows = 128;
+int64_t gemm_bf16_most_rows();  // that a task is better for: kGemmBf16TaskRows, or with AMX some times that
 int64_t gemm_bf16_task_columns(int64_t m, int64_t k);
 
 }  // namespace kl

@@ -134,7 +134,7 @@ struct Block {
   int64_t j, l;
 
   int64_t depth() const { return g.k - l < kDepth ? g.k - l : kDepth; }
-  const bf16* a(int64_t i) const { return g.a + i * packed_bf16_columns(g.k) + l * kGroup; }
+  const bf16* a(int64_t i) const { return g.a + i * packed_dot_columns(g.k) + l * kGroup; }
   const bf16* b() const { return g.b + j * g.ldb + l; }
   int64_t cols(int wanted) const { return g.n - j < wanted ? g.n - j : wanted; }
   Target target(int64_t i, int wanted_cols) const {

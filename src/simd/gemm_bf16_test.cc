@@ -34,6 +34,10 @@ const Backend kBackends[] = {
     {"dots", kBf16Rows, Isa::avx512_bf16, pack_bf16, gemm_nt_bf16},
     {"tiles", kTileGroup, Isa::amx, pack_bf16, gemm_nt_bf16}};
 
+int64_t packed_columns(const Backend& backend, int64_t k) {
+  return backend.group == kTileGroup ? packed_tile_columns(k) : packed_dot_columns(k);
+}
+
 // Rows of b and c are longer than needed, with NaN where a kernel has no business.
 struct Product {
   const Backend& backend;
@@ -54,7 +58,7 @@ struct Product {
   }
   std::vector<bf16> pack(int64_t begin, int64_t end) const {
     const int64_t rows = (end - begin + backend.group - 1) / backend.group * backend.group;
-    std::vector<bf16> p(static_cast<size_t>(rows * packed_bf16_columns(k)), bf16(NAN));
+    std::vector<bf16> p(static_cast<size_t>(rows * packed_columns(backend, k)), bf16(NAN));
     backend.pack(a.tensor.at<float>(begin), a.tensor.stride[0], end - begin, k, p.data());
     return p;
   }
@@ -123,6 +127,15 @@ TEST_P(GemmBf16Test, MatchesTheDefinitionAtEveryDepth) {
     for (const int64_t k : {2047, 2048, 2049, 4096, 4127}) expect_close(GetParam(), m, 7, k);
   }
   for (const int64_t k : {0, 1, 511, 512, 513, 1024, 1500}) expect_close(GetParam(), 50, 39, k);
+  for (const int64_t m : {511, 512, 513, 545})
+    expect_close(GetParam(), m, 227, 520);  // several blocks of all
+}
+
+TEST(GemmBf16, GroupsOfTilesLieApartByOddPages) {
+  for (int64_t k = 1; k < 9999; k = k * 3 / 2 + 1) {
+    EXPECT_GE(packed_tile_columns(k), k);
+    EXPECT_EQ(packed_tile_columns(k) * kTileGroup * 2 % 8192, 4096);
+  }
 }
 
 TEST_P(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
@@ -150,12 +163,13 @@ TEST_P(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
 
 TEST_P(GemmBf16Test, PackingRoundsToNearestEvenAndFillsUpWithZeros) {
   const Product p(GetParam(), 6, 1, 45);
-  const int64_t group = GetParam().group, rows = group == 4 ? 8 : 16;
-  ASSERT_EQ(p.packed.size(), static_cast<size_t>(rows * 64));
+  const int64_t group = GetParam().group, rows = group == 4 ? 8 : 16,
+                columns = packed_columns(GetParam(), 45);
+  ASSERT_EQ(p.packed.size(), static_cast<size_t>(rows * columns));
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t l = 0; l < 64; ++l) {
       const int64_t in_group = group == 4 ? i % 4 * 32 + l % 32 : l % 32 / 2 * 32 + i * 2 + l % 2;
-      const int64_t place = i / group * group * 64 + l / 32 * group * 32 + in_group;
+      const int64_t place = i / group * group * columns + l / 32 * group * 32 + in_group;
       const bf16 expected(i < 6 && l < 45 ? *p.a.tensor.at<float>(i, l) : 0.f);
       ASSERT_EQ(p.packed[place].bits, expected.bits) << "row " << i << " element " << l;
     }

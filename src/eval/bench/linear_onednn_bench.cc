@@ -18,6 +18,7 @@
 #include <memory>
 #include <oneapi/dnnl/dnnl.hpp>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -146,6 +147,8 @@ int run(int threads, const Shape& s) {
 
   for (int round = -2; round < kRounds; ++round)  // two to warm up
     for (Candidate& c : all) {
+      // oneDNN's threads spin for some time after their product, on the processors of ours.
+      std::this_thread::sleep_for(std::chrono::milliseconds(50));
       const auto begin = std::chrono::steady_clock::now();
       c.run();
       const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;

@@ -70,7 +70,15 @@ void linear_bf16(Ctx& ctx, const LinearArgs& a) {
   parallel_for(ctx.pool, T, kPackRows, [&](int64_t begin, int64_t end) {
     pack_bf16(a.x.at<float>(begin), a.x.stride[0], end - begin, in, x + packed_bf16_size(begin, in));
   });
-  const int64_t task_rows = std::min(T, kGemmBf16TaskRows);
+  // Many rows share what is read of w; fewer if threads would go without a task.
+  const int64_t out = a.w.size(0), threads = ctx.pool ? ctx.pool->threads() : 1;
+  const auto tasks = [&](int64_t rows) {
+    const int64_t outputs = gemm_bf16_task_columns(std::min(T, rows), in);
+    return ((T + rows - 1) / rows) * ((out + outputs - 1) / outputs);
+  };
+  int64_t task_rows = gemm_bf16_most_rows();
+  while (task_rows > kGemmBf16TaskRows && tasks(task_rows) < 4 * threads) task_rows /= 2;
+  task_rows = std::min(T, task_rows);
   const int64_t task_outputs = gemm_bf16_task_columns(task_rows, in);
   for_each_block(ctx.pool, a, task_rows, task_outputs,
                  [&](int64_t t, int64_t rows, int64_t o, int64_t outputs) {

@@ -20,7 +20,7 @@ struct ExpertHidden {
   int64_t ldh;
   int64_t rows, units, D;  // rows <= kExpertRows
 };
-constexpr int64_t kExpertRows = 128;
+constexpr int64_t kExpertRows = 512;
 
 // out[i] += sum_j weights[j] · y[rows[j]]: the sum in f32 in the order of j, then added once. y [.., D].
 struct ExpertSum {

@@ -100,7 +100,7 @@ const bf16* pack_blocks(Ctx& ctx, const Sorted& sorted, const float* a, int64_t 
 void run(Ctx& ctx, const MoeExpertsArgs& a, int64_t I, bool rounded) {
   const int64_t T = a.x.size(0), D = a.x.size(1), top_k = a.experts.size(1);
   const Sorted sorted = sort_by_expert(a.experts, static_cast<int64_t>(a.weights_of.size()),
-                                       rounded ? kExpertRows : kExactRows);
+                                       rounded ? std::min(kExpertRows, gemm_bf16_most_rows()) : kExactRows);
   const auto task_columns = rounded ? gemm_bf16_task_columns : gemm_task_columns;
   Scratch scratch(ctx);
   float* const h = scratch.f32(T * top_k * I);
