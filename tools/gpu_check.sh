@@ -7,8 +7,9 @@
 #
 #   --tests      tests, checks and the relatives' times only          --bench    benchmarks only
 #   --sanitize   compute-sanitizer's memcheck on a reduced set of tests, instead of everything else
-#   --racecheck  its racecheck on the pipelines, instead of everything else. DIR is a build with -DKL_RACECHECK=ON, and
-#                $SANITIZER a compute-sanitizer of 2026.4 or later (docs/2026-11-25-gpu-proofs.md says why)
+#   --racecheck  its racecheck on the pipelines, instead of everything else. DIR is a build with -DKL_RACECHECK=ON
+#                For both $SANITIZER is a compute-sanitizer other than the one in PATH; racecheck needs 2026.4 or later
+#                (docs/2026-11-25-gpu-proofs.md says why).
 #   --peers      also tools/bench_peers.py --quick, within SECONDS (95)
 #
 # To build:  cmake --preset cuda -DKL_TESTS=ON && cmake --build build/cuda --target ops_kda_tests ops_delta_net_tests \
@@ -85,13 +86,17 @@ cuda_tests=(ops_delta_net_tests ops_dplr_tests ops_linear_attention_tests ops_ac
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null
 
 if [ $sanitize = 1 ]; then
-  memcheck=(compute-sanitizer --tool memcheck --error-exitcode 9)
+  memcheck=("${SANITIZER:-compute-sanitizer}" --tool memcheck --error-exitcode 9)
   for program in "${cuda_tests[@]:0:3}"; do
     run "memcheck $program" 'ERROR SUMMARY|PASSED' "${memcheck[@]}" "$build/$program" \
       --gtest_filter='*Cuda.EveryLength:*Cuda.PackedEqualsAlone:*Hopper.PackedEqualsAlone' --gtest_brief=1
   done
-  run "memcheck kda prefill, decode" 'ERROR SUMMARY|PASSED' "${memcheck[@]}" "$build/ops_kda_tests" \
-    --gtest_filter='KdaPrefillCuda.SlotsHeadsAndCheckpoints:KdaDecodeCuda.SeveralTokens:KdaStepCuda.*' --gtest_brief=1
+  for program in "${cuda_tests[@]:3}"; do
+    run "memcheck $program" 'ERROR SUMMARY|PASSED' "${memcheck[@]}" "$build/$program" \
+      --gtest_filter='*Cuda*' --gtest_brief=1
+  done
+  run "memcheck kda" 'ERROR SUMMARY|PASSED' "${memcheck[@]}" "$build/ops_kda_tests" --gtest_brief=1 \
+    --gtest_filter='KdaPrefillCuda.SlotsHeadsAndCheckpoints:KdaDecodeCuda.SeveralTokens:KdaStepCuda.*:KdaReplayCuda.*'
   run "memcheck kda_cuda_bench" 'ERROR SUMMARY|checks failed' "${memcheck[@]}" "$build/kda_cuda_bench" check lengths
 elif [ $racecheck = 1 ]; then
   race() {  # race NAME KERNEL PROGRAM ARGUMENT...: the first launches of a kernel
