@@ -20,9 +20,9 @@ namespace kl {
 constexpr int64_t kBf16Rows = 4, kBf16Step = 32;  // of the dot products: a group's rows; elements of a step
 
 int64_t bf16_group();  // rows that are packed together: 4 or 16
+// Elements from row to row of a packed matrix: of the back-end that is active, of the dot products.
+int64_t packed_bf16_columns(int64_t k);
 constexpr int64_t packed_dot_columns(int64_t k) { return (k + kBf16Step - 1) / kBf16Step * kBf16Step; }
-int64_t packed_bf16_columns(
-    int64_t k);  // elements from row to row: of the dot products' back-end or the tiles'
 inline int64_t packed_bf16_rows(int64_t m) { return (m + bf16_group() - 1) / bf16_group() * bf16_group(); }
 // Elements of a packed matrix; a matrix that begins at row i, a multiple of bf16_group(), begins where a
 // packed one of i rows ends.

@@ -116,8 +116,8 @@ void few_rows(const GemmBf16& g, int64_t i) {
   }
 }
 
-// Asks for rows of B that are copied next, some lines at every step, and for what the same rows of A hold
-// in the next block of k: without it, both would come from memory while nothing is multiplied.
+// Asks for rows of B that are copied next, some lines at every step: without it, they would come from memory
+// while nothing is multiplied.
 class Ahead {
  public:
   Ahead(const RowsOfB& b, int64_t depth, int64_t steps)
@@ -127,18 +127,12 @@ class Ahead {
         width_((depth + kLine - 1) / kLine * kLine),
         per_step_(steps > 0 ? (rows_ * width_ / kLine + steps - 1) / steps : 0) {}
 
-  // Of the tiles of two groups, lines [first, last) of 32.
-  void rows_of_a(const bf16* a, int64_t a_stride, unsigned first, unsigned last) {
-    a_ = a, a_stride_ = a_stride, first_ = first, last_ = last;
-  }
   void step() {
     for (int64_t i = 0; i < per_step_ && rows_ > 0; ++i) {
       ask_for(row_ + at_);
       at_ += kLine;
       if (at_ == width_) at_ = 0, row_ += ldb_, --rows_;
     }
-    for (unsigned i = first_; i < last_; ++i) ask_for(a_ + i / 16 * a_stride_ + i % 16 * kLine);
-    a_ += kTile;
   }
 
  private:
@@ -146,9 +140,6 @@ class Ahead {
   const int64_t ldb_;
   int64_t rows_, at_ = 0;
   const int64_t width_, per_step_;
-  const bf16* a_ = nullptr;
-  int64_t a_stride_ = 0;
-  unsigned first_ = 0, last_ = 0;
 };
 
 // Columns [j, j + kColumnsAtOnce) of rows [i, i + kRowsAtOnce) of C.
@@ -218,8 +209,6 @@ class ManyRows {
     };
     for (int64_t at = 0; at < groups_; at += kGroups) {
       const bf16* const a = a_ + at * a_stride_;
-      ahead.rows_of_a(a + next_l * kGroup, a_stride_, static_cast<unsigned>(p * 32 / panels_),
-                      static_cast<unsigned>((p + 1) * 32 / panels_));
       const auto step = [&] { ahead.step(); };
       float* const sums = sums_[p][at][0];
       at + 1 < groups_ ? multiply<2>(load, a, a_stride_, l, l + depth(l), l == 0, sums, step)

@@ -147,7 +147,7 @@ int run(int threads, const Shape& s) {
 
   for (int round = -2; round < kRounds; ++round)  // two to warm up
     for (Candidate& c : all) {
-      // oneDNN's threads spin for some time after their product, on the processors of ours.
+      // oneDNN's threads may spin for some time after their product, on the processors of ours.
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
       const auto begin = std::chrono::steady_clock::now();
       c.run();
