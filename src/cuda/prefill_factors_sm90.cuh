@@ -10,7 +10,9 @@
 // With G_i the inclusive sum of log2-decays from the chunk's start to token i, per channel, and Gm that of
 // tokens 0 to 7, decays between two tokens are split at the middle of the chunk, 2^(G_i - Gm) · 2^(Gm - G_j):
 // good as long as no channel decays by more than about 2^118 in the chunk. Where one does, its 16 channels
-// take every pair (i, j) by itself. Products above the diagonal may be inf and are never looked at.
+// are done another way (KDA: pairs of tokens of one half are split at the half's middle, good for 2^64 in
+// four tokens), and in the end by taking every pair (i, j) by itself. Products above the diagonal may be inf
+// and are never looked at.
 #pragma once
 
 #include "cuda/prefill_pipeline_sm90.cuh"
@@ -18,6 +20,9 @@
 namespace kl::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f;
+// Dropping the last 13 bits of an f32's fraction takes 2^-11 / m of a number on average, m its fraction from
+// 1 to 2; 1 / m is 0.721 on average over the numbers of all sizes.
+constexpr float kDroppedBits = 1 + 0.721f * 0x1p-11f;
 constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is its product with anything
 
 KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
@@ -64,15 +69,43 @@ class FactorWarp {
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const bool end = is_end(info.item);
-      if (info.rows == kChunkTokens)
+      if (info.rows == kChunkTokens) {
         make(turn.slot, info, std::true_type{});
-      else if (info.rows > 0)
+      } else if (info.rows > 0) {
         make(turn.slot, info, std::false_type{});
+        if (info.item == Item::value) clear_values(turn.slot, info.rows);
+      } else if (R::kMiddle && !end) {
+        for (int k = lane; k < D; k += 32) ring.after(turn.slot)[k] = 1;  // an empty sequence
+      }
+      if (R::kMiddle && !info.first) decay_from_before(turn);
       fence_proxy_async();  // the factors become visible to the tensor cores
       mbarrier_arrive_warp(ring.ready(turn.slot));
       if (end) return;
       turn.advance(kProducers);
     }
+  }
+
+  // Of tokens past the end of the sequence.
+  KL_DEVICE void clear_values(int slot, int rows) const {
+    for (int i = lane; i < D / 8 * (kChunkTokens - rows); i += 32) {
+      const uint32_t at = slot * R::kSlotBytes + R::kValue + i % (D / 64) * kPanelBytes;
+      *reinterpret_cast<uint4*>(ring.memory + at + piece_at(rows + i / (D / 8), i / (D / 64) % 8)) = {};
+    }
+  }
+  // `decay` of a chunk from its own start becomes that from the middle of the chunk before.
+  KL_DEVICE void decay_from_before(const Turn<R::kSlots>& turn) const {
+    const bool wraps = turn.slot == 0;
+    const int before = wraps ? R::kSlots - 1 : turn.slot - 1;
+    float* const decay = ring.decay(turn.slot) + lane;
+    const float* const after = ring.after(before) + lane;
+    float x[D / 32];
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) x[i] = decay[32 * i];
+    mbarrier_wait(ring.ready(before), wraps ? turn.phase ^ 1 : turn.phase);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) x[i] *= decay_after(after[32 * i]);
+#pragma unroll
+    for (int i = 0; i < D / 32; ++i) decay[32 * i] = x[i];
   }
 
   // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels kApart bytes apart, its
@@ -96,16 +129,16 @@ class FactorWarp {
   }
 
   // Sums of log-decays between each token and the middle; in row 7 that of tokens 0 to 7. x are tokens 2t,
-  // 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands). Log-decays are rounded to 11 bits, without
-  // bias. A decayed weight e^G is off by |G| e^G times that, never by more than 2^-13 of what it is a weight
-  // of.
+  // 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands). Of log-decays 11 bits are used, the others
+  // dropped: who makes them multiplies by kDroppedBits, so that they are not off on average. A decayed weight
+  // e^G is off by |G| e^G times 2^-10.6 at most, 2^-12 of what it is a weight of.
   KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
     float d[2][4] = {};
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
       const float* y = x + 4 * tile;
-      mma_tf32(d[tile], {sums[0][0], 0, sums[0][1], 0}, to_tf32(y[0]), to_tf32(y[1]));
-      mma_tf32(d[tile], {0, sums[1][0], 0, sums[1][1]}, to_tf32(y[2]), to_tf32(y[3]));
+      mma_tf32(d[tile], {sums[0][0], 0, sums[0][1], 0}, __float_as_uint(y[0]), __float_as_uint(y[1]));
+      mma_tf32(d[tile], {0, sums[1][0], 0, sums[1][1]}, __float_as_uint(y[2]), __float_as_uint(y[3]));
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) sum[e] = d[e / 4][e % 4];
@@ -133,6 +166,13 @@ class FactorWarp {
     return __any_sync(0xffffffffu, g == 7 && decay < least);
   }
 
+  // The same of each half of the chunk.
+  KL_DEVICE bool steep_half(const float (&sum)[8], float least) const {
+    const float a = fminf(fminf(sum[0], sum[1]), fminf(sum[2], sum[3]));
+    const float b = fminf(fminf(sum[4], sum[5]), fminf(sum[6], sum[7]));
+    return __any_sync(0xffffffffu, g == 7 && fminf(a, b) < least);
+  }
+
   // For 16 channels in which half a chunk may decay by more than an f32 can hold: decays of the elements from
   // the chunk's start and to its end, and of the chunk. `sum` becomes that from the middle in row 7 too.
   struct WholeDecays {
@@ -157,6 +197,27 @@ class FactorWarp {
     }
     return d;
   }
+  // Sums between each token and the middle of its half, from `sum` with 0 in row 7. False if one of them is
+  // more than `most`.
+  KL_DEVICE bool from_quarters(const float (&sum)[8], float most, float (&near)[8]) const {
+    bool small = true;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      near[e] = sum[e] - __shfl_sync(0xffffffffu, sum[e], 12 + t);
+      small = small && fabsf(near[e]) < most;
+    }
+    return __all_sync(0xffffffffu, small);
+  }
+  // Adds the products of tokens of one half, or of a token of the second half and one of the first.
+  KL_DEVICE static void add_same_half(float (&x)[2][4], const uint32_t (&left)[4],
+                                      const uint32_t (&right)[4]) {
+    mma_bf16(x[0], {left[0], 0, left[2], 0}, right[0], right[2]);
+    mma_bf16(x[1], {0, left[1], 0, left[3]}, right[1], right[3]);
+  }
+  KL_DEVICE static void add_across(float (&x)[2][4], const uint32_t (&left)[4], const uint32_t (&right)[4]) {
+    mma_bf16(x[0], {0, left[1], 0, left[3]}, right[0], right[2]);
+  }
+
   // Calls f(e, i, j, decay) for the lane's elements [e / 4][e % 4] of a 16 x 16 product, all lanes together;
   // decay(c) is channel c's from token j to i >= j. place(token, channel) is a float of the warp's for each
   // of the 16 channels. The differences of sums over one side of the middle are sums over the tokens between.
@@ -183,7 +244,7 @@ class FactorWarp {
 
   // The inverse of I + L by forward substitution in f32, a column a lane: x is column j of it times `factor`.
   // Leaves its transpose as two bf16 terms, a left operand, x in row lane % 16. rows: L with kInverseRow
-  // floats to a row, of which what stands under the diagonal is used; terms: 1024 bytes.
+  // floats to a row, of which what stands under the diagonal is used; terms: 1024 bytes, which may be L's.
   static constexpr int kInverseRow = 20;
   KL_DEVICE void invert(const float* rows, float* terms_at, int j, float factor, uint32_t (&high)[4],
                         uint32_t (&low)[4]) const {
@@ -199,6 +260,7 @@ class FactorWarp {
       for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(-row[l], x[l], l % 2 ? odd : even);
       x[i] = even + odd;
     }
+    __syncwarp();  // L has been read: the terms may take its place
     uint32_t terms[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

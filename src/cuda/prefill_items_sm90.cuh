@@ -13,22 +13,14 @@ template <class Slot, bool kProbes>
 class Consumer {
   using R = Ring<Slot>;
   static constexpr int D = Slot::D;
-  static constexpr int kWarps = D / 16;
+  static constexpr int kWarps = D / 16, kColumns = matrix_columns(D, kProbes);
 
  public:
-  KL_DEVICE Consumer(const PrefillParams& params, R r, int w)
-      : p(params),
-        ring(r),
-        scan(r, w),
-        warp(w),
-        lane(static_cast<int>(threadIdx.x % 32)),
-        g(lane / 4),
-        t(lane % 4) {}
+  KL_DEVICE Consumer(const PrefillParams& params, R r, int w) : p(params), ring(r), scan(r, w), warp(w) {}
 
   // Until the block's items end; true if something is left to be joined.
   KL_DEVICE bool run() {
-    for (;;) {
-      wait();
+    for (wait();;) {
       const ChunkInfo& info = ring.info(turn.slot);
       const Item item = info.item;
       if (is_end(item)) return item == Item::join;
@@ -47,36 +39,45 @@ class Consumer {
   const PrefillParams& p;
   R ring;
   Scan<Slot> scan;
-  int warp, lane, g, t;
+  int warp;
   Turn<R::kSlots> turn{0};
   int norms = 0;  // which of the two buffers is next
 
+  // Read again and again, so that neither it nor what is made of it takes a register of the loops.
+  KL_DEVICE static uint32_t lane() { return opaque(threadIdx.x) % 32; }
   KL_DEVICE void wait() { mbarrier_wait(ring.ready(turn.slot), turn.phase); }
-  KL_DEVICE void release() {
-    mbarrier_arrive_warp(ring.free(turn.slot));
+  // To the next chunk, done with this one. Of the chunk before, a producer needs its decay after it
+  // (kMiddle).
+  KL_DEVICE void next() {
+    const int done = turn.slot;
+    if (!R::kMiddle) mbarrier_arrive_warp(ring.free(done), lane());
     turn.advance(1);
+    wait();
+    if (R::kMiddle) mbarrier_arrive_warp(ring.free(done), lane());
   }
 
   KL_DEVICE void run_value(int probed) {
     const ChunkInfo& first = ring.info(turn.slot);
-    const int64_t row = first.token + lane / 2;
+    const int64_t row = first.token + lane() / 2;
     bf16* out =
-        static_cast<bf16*>(p.out.data) + offset_of(p.out, row, first.head) + 16 * warp + 8 * (lane % 2);
+        static_cast<bf16*>(p.out.data) + offset_of(p.out, row, first.head) + 16 * warp + 8 * (lane() % 2);
     const int64_t out_step = kChunkTokens * p.out.token_stride;
     float S[D / 2];
     load_state(first, S);
+    if (kProbes && first.segment_index == 0 && first.segment_count > 1) tell(item(first), kStarted);
     if (first.rows > 0) {  // not an empty sequence
-      for (int left = first.chunks;;) {
-        const int checkpoint = scan.template chunk<true>(turn.slot, left == 1, out, S);
+      for (;;) {
+        const int flags = scan.template chunk<true>(turn.slot, out, S);
         out += out_step;
-        if (checkpoint >= 0) store_checkpoints(ring.info(turn.slot), S);
-        if (--left == 0) break;
-        release();
-        wait();
+        if (flags & (kLastChunk | kCheckpointAfter)) {
+          if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
+          if (flags & kLastChunk) break;
+        }
+        next();
       }
     }
     end_value(ring.info(turn.slot), probed, S);
-    release();
+    next();
   }
 
   // A transition, or the first chunks of a value item's, whose slots it leaves to the values. Returns the
@@ -85,26 +86,28 @@ class Consumer {
     const ChunkInfo& first = ring.info(turn.slot);
     const int serial = first.serial;
     const int end = probe ? min(kProbeChunks, first.chunks) : first.chunks;
-    bf16* out = static_cast<bf16*>(p.queries) + ((first.token + lane / 2) * p.heads + first.head) * D +
-                16 * warp + 8 * (lane % 2);
+    bf16* out = static_cast<bf16*>(p.queries) + ((first.token + lane() / 2) * p.heads + first.head) * D +
+                16 * warp + 8 * (lane() % 2);
     const int64_t out_step = static_cast<int64_t>(kChunkTokens) * p.heads * D;
     float S[D / 2];
     load_transition(first, S);
     int closed;
     for (int done = first.chunk + 1;; ++done) {
-      scan.template chunk<false>(turn.slot, done == ring.info(turn.slot).chunks, out, S);
+      scan.template chunk<false>(turn.slot, out, S);
       out += out_step;
       const bool last = done == end;
       closed = (probe || last || done % 4 == 0) && negligible(S) ? done : 0;
       if (last || closed > 0) break;
-      probe ? turn.advance(1) : release();
-      wait();
+      if (probe)
+        turn.advance(1), wait();
+      else
+        next();
     }
     end_transition(ring.info(turn.slot), probe, end, closed, S);
     if (probe) return closed;
-    release();
-    // Chunks that the loader had sent before it heard that the item is over.
-    for (wait(); ring.info(turn.slot).serial == serial; wait()) release();
+    // And past the chunks that the loader had sent before it heard that the item is over.
+    do next();
+    while (ring.info(turn.slot).serial == serial);
     return closed;
   }
 
@@ -113,16 +116,30 @@ class Consumer {
   // Calls f(value channel, key channel, element) for the lane's pairs of neighbouring key channels.
   template <class F>
   KL_DEVICE void for_each_pair(float* S, F&& f) const {
+    const int at = static_cast<int>(lane()), g = at / 4, t = at % 4;
 #pragma unroll
     for (int c = 0; c < D / 8; ++c)
 #pragma unroll
       for (int half = 0; half < 2; ++half) f(16 * warp + g + 8 * half, 8 * c + 2 * t, S + 4 * c + 2 * half);
   }
+  // The same for the state after the chunk: f(value channel, key channel, its two elements).
+  template <class F>
+  KL_DEVICE void for_each_pair_after(float* S, F&& f) const {
+    const float* after = ring.after(turn.slot);
+    for_each_pair(S, [&](int v, int k, const float* x) {
+      float2 d{1, 1};
+      if constexpr (R::kMiddle) {
+        d = *reinterpret_cast<const float2*>(after + k);
+        d = {decay_after(d.x), decay_after(d.y)};
+      }
+      f(v, k, float2{x[0] * d.x, x[1] * d.y});
+    });
+  }
   KL_DEVICE int item(const ChunkInfo& info) const { return info.segment * p.heads + info.head; }
   KL_DEVICE void store_matrix(float* matrices, int number, float* S) const {
     float* to = matrices + static_cast<int64_t>(number) * D * D;
-    for_each_pair(S, [&](int v, int k, const float* x) {
-      *reinterpret_cast<float2*>(to + v * D + k) = {x[0], x[1]};
+    for_each_pair_after(S, [&](int v, int k, float2 x) {
+      *reinterpret_cast<float2*>(to + matrix_at<D, kColumns>(v, k)) = x;
     });
   }
   KL_DEVICE void load_transition(const ChunkInfo& info, float* S) const {
@@ -132,7 +149,7 @@ class Consumer {
     }
     const float* from = p.transition + static_cast<int64_t>(item(info)) * D * D;
     for_each_pair(S, [&](int v, int k, float* x) {
-      const float2 two = *reinterpret_cast<const float2*>(from + v * D + k);
+      const float2 two = *reinterpret_cast<const float2*>(from + matrix_at<D, kColumns>(v, k));
       x[0] = two.x, x[1] = two.y;
     });
   }
@@ -152,9 +169,9 @@ class Consumer {
   KL_DEVICE void store_pool(int slot, int head, float* S) const {
     if (slot < 0) return;
     const StatePlace place = state_place(p, slot, head);
-    for_each_pair(S, [&](int v, int k, const float* x) {
-      store_element(place.pool, place.base + k * place.k_stride + v * place.v_stride, x[0]);
-      store_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride, x[1]);
+    for_each_pair_after(S, [&](int v, int k, float2 x) {
+      store_element(place.pool, place.base + k * place.k_stride + v * place.v_stride, x.x);
+      store_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride, x.y);
     });
   }
   KL_DEVICE void store_checkpoints(const ChunkInfo& info, float* S) const {
@@ -170,12 +187,14 @@ class Consumer {
 
   KL_DEVICE bool negligible(float* S) {
     float sums[4] = {};  // one would be a chain of D / 2 dependent instructions
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) sums[i % 4] = fmaf(S[i], S[i], sums[i % 4]);
+    for_each_pair_after(S, [&](int, int k, float2 x) {
+      float* two = sums + k / 8 % 2 * 2;
+      two[0] = fmaf(x.x, x.x, two[0]), two[1] = fmaf(x.y, x.y, two[1]);
+    });
     const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     float* parts = reinterpret_cast<float*>(ring.memory + R::kNorms) + norms * kConsumerWarps;
     norms ^= 1;  // the next one does not have to wait until everybody has read this one
-    if (lane == 0) parts[warp] = sum;
+    if (lane() == 0) parts[warp] = sum;
     named_barrier_sync(1, 32 * kWarps);  // all parts of the norm, and the outputs so far, are there
     float norm = 0;
 #pragma unroll
@@ -187,35 +206,49 @@ class Consumer {
       store_matrix(p.transition, item(info), S);
       named_barrier_sync(1, 32 * kWarps);  // all of M is there
     }
-    if (warp != 0 || lane != 0) return;
-    store_release(p.progress + item(info), closed > 0 ? -closed : end);
-    if (probe) {
-      if (closed == 0) atomicAdd(&p.counters->open, 1);
-      add_release(&p.counters->probed, 1);
-    } else {
-      ring.stopped() = info.serial;
+    if (warp != 0 || lane() != 0) return;
+    int* progress = p.progress + item(info);
+    if (probe && closed > 0) {
+      // A release would hold the values up until everything stored is there. Outputs and qt are released with
+      // C; who needs this number waits until it is there.
+      store_relaxed(progress, -closed);
+      add_relaxed(&p.counters->probed, 1);
+      return;
     }
+    store_release(progress, closed > 0 ? -closed : end);
+    if (!probe) {
+      ring.stopped() = info.serial;
+      return;
+    }
+    add_relaxed(&p.counters->open, 1);
+    add_release(&p.counters->probed, 1);
   }
   // A warp needs of other items what the same warp wrote there, so warps wait for each other one by one.
   KL_DEVICE int* ready(int number) const { return p.ready + number * kConsumerWarps + warp; }
-  KL_DEVICE int wait_for(int number) const {
+  KL_DEVICE void tell(int number, Ready x) const {
+    __syncwarp();
+    if (lane() == 0) store_release(ready(number), x);
+  }
+  KL_DEVICE int wait_for(int number, Ready least) const {
     int x = kNotReady;
-    while (lane == 0 && (x = load_acquire(ready(number))) == kNotReady) __nanosleep(20);
+    while (lane() == 0 && (x = load_acquire(ready(number))) < least) __nanosleep(20);
     return __shfl_sync(0xffffffffu, x, 0);
   }
   KL_DEVICE void end_value(const ChunkInfo& info, int probed, float* S) const {
     if (info.segment_count == 1) return store_final(info, S);
     const int own = item(info);
     const bool is_state = info.segment_index == 0 || probed > 0;
-    if (kProbes && is_state && info.segment_index + 1 == info.segment_count) {
-      wait_for(own - info.segment_index * p.heads);  // the first segment has read what may be overwritten
+    const bool final = kProbes && is_state && info.segment_index + 1 == info.segment_count;
+    if (final) {
+      // The first segment has read what may be overwritten.
+      wait_for(own - info.segment_index * p.heads, kStarted);
       store_final(info, S);
     } else {
       store_matrix(p.carried, own, S);
+      tell(own, is_state ? kState : kPart);
     }
-    __syncwarp();
-    if (lane == 0) store_release(ready(own), is_state ? kState : kPart);
     if (kProbes && probed > 0) add_incoming(info, probed);
+    if (final) tell(own, kState);  // for no value item: it can wait
   }
 
   // Adds the part that the state before the segment has in the outputs, where the state is known already; for
@@ -226,16 +259,17 @@ class Consumer {
     const int64_t end = min(first + probed * kChunkTokens, info.token + info.rows);
     StatePart<D, 1> part;
     part.load(p, info.head, first, end, 16 * warp);
-    if (wait_for(before) != kState) return;
+    if (wait_for(before, kPart) != kState) return;
+    const int at = static_cast<int>(lane()), g = at / 4, t = at % 4;
     uint32_t state[2][D / 32][4];
-    const float* from =
-        p.carried + static_cast<int64_t>(before) * D * D + (16 * warp + g / 2 * 4 + g % 2) * D + 8 * t;
+    const float* from = p.carried + static_cast<int64_t>(before) * D * D +
+                        matrix_at<D, kColumns>(16 * warp + g / 2 * 4 + g % 2, 8 * t);
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
       for (int step = 0; step < D / 32; ++step) {
-        const float4 a = load4(from + 2 * tile * D + 32 * step),
-                     b = load4(from + 2 * tile * D + 32 * step + 4);
+        const float* eight = from + matrix_at<D, kColumns>(2 * tile, 32 * step);
+        const float4 a = load4(eight), b = load4(eight + 4);
         uint32_t(&s)[4] = state[tile][step];
         s[0] = pack_bf16(a.x, a.y), s[1] = pack_bf16(a.z, a.w);
         s[2] = pack_bf16(b.x, b.y), s[3] = pack_bf16(b.z, b.w);

@@ -65,17 +65,19 @@ class StatePart {
 };
 
 // The consumers of a block, when its ring is done with.
-template <class Slot>
+template <class Slot, bool kProbes>
 class Joiner {
   static constexpr int D = Slot::D;
   static constexpr int kThreads = 2 * D;
   static constexpr int kApplyTokens = 512;  // of an item
   static constexpr int kStateRow = D + 8;
+  static constexpr int kColumns = matrix_columns(D, kProbes);
+  static constexpr int kBlock = kColumns * D + 8;   // the rows of four blocks of 8 are in different banks
   static constexpr int kSlab = 16, kWideSlab = 32;  // value channels that are chained at a time
   struct Memory {
     union {
-      float matrices[2][D * D];         // [k before][k]
-      uint16_t applied[D * kStateRow];  // a state in bf16, in the order of add_state()
+      float matrices[2][D / kColumns * kBlock];  // as in the workspace, blocks kBlock apart
+      uint16_t applied[D * kStateRow];           // a state in bf16, in the order of add_state()
     };
     float slab[kWideSlab][D + 4];
     int progress[kMostSegments];
@@ -163,7 +165,7 @@ class Joiner {
 
     const int k = thread % D, row0 = thread / D * kRows;
     const auto rows = [&](int j) {
-      return p.carried + static_cast<int64_t>(item(j)) * D * D + static_cast<int64_t>(v0 + row0) * D + k;
+      return p.carried + static_cast<int64_t>(item(j)) * D * D + matrix_at<D, kColumns>(v0 + row0, k);
     };
     const auto next_open = [&](int j) {  // the first segment from j on whose transition counts
       while (j < count && m.progress[j] < 0) ++j;
@@ -174,8 +176,8 @@ class Joiner {
       if (j < count)
 #pragma unroll
         for (int i = 0; i < D * D / 4 / kThreads; ++i) {
-          const int four = 4 * (i * kThreads + thread);
-          cp_async16(smem_address(m.matrices[buffer] + four), from + four);
+          const int four = 4 * (i * kThreads + thread), block = four / (kColumns * D);
+          cp_async16(smem_address(m.matrices[buffer] + block * kBlock + four % (kColumns * D)), from + four);
         }
       cp_async_commit();
     };
@@ -191,15 +193,16 @@ class Joiner {
       float* own = rows(open);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        x[r] = own[r * D];
-        if (held != open - 1 || held == 0) m.slab[row0 + r][k] = before[r * D];
+        x[r] = own[r * kColumns];
+        if (held != open - 1 || held == 0) m.slab[row0 + r][k] = before[r * kColumns];
       }
       cp_async_wait<1>();
       sync();  // the state before and M are there
-      const float* M = m.matrices[use] + k;
+      const float* M = m.matrices[use] + k / kColumns * kBlock + k % kColumns;
 #pragma unroll 8
       for (int i = 0; i < D; i += 4) {
-        const float column[4] = {M[i * D], M[(i + 1) * D], M[(i + 2) * D], M[(i + 3) * D]};
+        const float column[4] = {M[i * kColumns], M[(i + 1) * kColumns], M[(i + 2) * kColumns],
+                                 M[(i + 3) * kColumns]};
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           const float4 four = *reinterpret_cast<const float4*>(&m.slab[row0 + r][i]);
@@ -209,7 +212,7 @@ class Joiner {
       }
       sync();  // the state before and M have been read
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = x[r], own[r * D] = x[r];
+      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = x[r], own[r * kColumns] = x[r];
       held = open;
       open = following;
     }
@@ -223,7 +226,7 @@ class Joiner {
     if (held != count - 1) {
       const float* from = rows(count - 1);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = from[r * D];
+      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = from[r * kColumns];
       sync();  // the final state is there
     }
     const StatePlace place = state_place(p, slot, head);
@@ -249,8 +252,9 @@ class Joiner {
     const float* before = p.carried + (static_cast<int64_t>(s.id - 1) * p.heads + head) * D * D;
 #pragma unroll 4
     for (int i = 0; i < D * D / 4 / kThreads; ++i) {
-      const int four = i * kThreads + thread, v = four / (D / 4), k = four % (D / 4) * 4;
-      const float4 x = load4(before + 4 * four);
+      const int four = 4 * (i * kThreads + thread), v = four % (kColumns * D) / kColumns,
+                k = four / (kColumns * D) * kColumns + four % kColumns;
+      const float4 x = load4(before + four);
       uint16_t* to = m.applied + (v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2) * kStateRow +
                      k / 32 * 32 + k % 8 / 4 * 16 + k % 32 / 8 * 2;
       *reinterpret_cast<uint32_t*>(to) = pack_bf16(x.x, x.y);

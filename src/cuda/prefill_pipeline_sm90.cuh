@@ -29,10 +29,18 @@ constexpr int kBlockThreads = 32 * (kConsumerWarps + kProducers + 1);
 enum class Item : int { value, transition, join, none };
 KL_DEVICE bool is_end(Item item) { return item == Item::join || item == Item::none; }
 
-// What a chunk is, written by the loader.
+// What the consumers have to look at besides the factors: of a chunk, most often nothing.
+enum ChunkFlag : int {
+  kLastChunk = 1,        // of its item
+  kCheckpointAfter = 2,  // ChunkInfo::checkpoint
+  kSteep = 4             // some channels are not held at the middle of the chunk (Ring::after)
+};
+
+// What a chunk is, written by the loader; kSteep by its producer.
 struct alignas(16) ChunkInfo {
+  int rows;   // 0 to 16 valid tokens
+  int flags;  // ChunkFlag
   Item item;
-  int rows;       // 0 to 16 valid tokens
   int64_t token;  // first row of the tensors
   int head;       // value head
   int sequence;
@@ -41,7 +49,8 @@ struct alignas(16) ChunkInfo {
   int chunks;   // of the item
   int segment_index, segment_count;
   int serial;      // of the item in this block
-  int checkpoint;  // first one at the end of this chunk; -1: none
+  int checkpoint;  // first one at the end of this chunk, if there are any
+  bool first;      // of the item, in this block
 };
 
 // A panel is 128 bytes wide: 64 bf16 channels (32 of f32), its rows' eight 16-byte pieces swizzled by the
@@ -60,18 +69,20 @@ constexpr uint32_t kPanelBytes = kChunkTokens * 128;
 //                        stands outside the slots (kRead)
 //   kApartBytes          more of a slot, outside of it
 //   kScratchBytes        of a producer
+//   kMiddle              consumers hold the state as it is in the middle of a chunk (Scan)
 //
-// Rows past the end of a sequence hold whatever follows it in memory: nobody may let it into a sum.
+// Rows past the end of a sequence hold whatever follows it in memory: producers may not let it into a sum,
+// and leave zeros for the consumers.
 template <class Slot>
 struct Ring : Slot {
-  using Slot::D, Slot::kSlots, Slot::kSlotBytes;
+  using Slot::D, Slot::kSlots, Slot::kSlotBytes, Slot::kMiddle;
   static constexpr int kPanels = D / 64;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kApart = kSlots * kSlotBytes;  // [slot]
-  static constexpr uint32_t kDecay =
-      kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32: what the operator likes; then e^Gend
-  static constexpr uint32_t kRead = kDecay + kSlots * D * 4;                             // [slot] A
+  static constexpr uint32_t kApart = kSlots * kSlotBytes;                     // [slot]
+  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;     // [slot][D] f32, before a chunk
+  static constexpr uint32_t kAfter = kDecay + kSlots * D * 4;                 // [slot][D] f32, after a chunk
+  static constexpr uint32_t kRead = kAfter + (kMiddle ? kSlots * D * 4 : 0);  // [slot] A
   static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);  // [producer]
   static constexpr uint32_t kStage =
       kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
@@ -98,7 +109,13 @@ struct Ring : Slot {
       return base() + kRead + s * 512 - 512;
   }
   KL_DEVICE ChunkInfo& info(int s) const { return reinterpret_cast<ChunkInfo*>(memory + kInfo)[s]; }
+  // What the state decays by in a chunk, per channel; before the producer writes it what the operator likes.
+  // With kMiddle: from the middle of the chunk before, or from the item's start, to the middle of this one.
   KL_DEVICE float* decay(int s) const { return reinterpret_cast<float*>(memory + kDecay) + s * D; }
+  // With kMiddle: from the middle of the chunk to its end. Negative, if only by its sign bit, for a channel
+  // that decays by too much for that: its factors are relative to the chunk's start and its end, and it
+  // decays by the amount of this between being read and being written, and not after the chunk.
+  KL_DEVICE float* after(int s) const { return reinterpret_cast<float*>(memory + kAfter) + s * D; }
   KL_DEVICE volatile int& stopped() const { return *reinterpret_cast<volatile int*>(memory + kStopped); }
 };
 
@@ -118,6 +135,10 @@ struct Turn {
 KL_DEVICE uint32_t piece_at(int row, int piece) {
   return static_cast<uint32_t>(row * 128 + ((piece ^ (row & 7)) << 4));
 }
+
+// An element of Ring::after: the decay after the chunk, and that between reading and writing.
+KL_DEVICE float decay_after(float x) { return __float_as_int(x) < 0 ? 1.f : x; }
+KL_DEVICE float decay_between(float x) { return __float_as_int(x) < 0 ? -x : 1.f; }
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
@@ -150,8 +171,9 @@ struct Loader {
     if (threadIdx.x % 32 != 0) return;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
-    ChunkInfo info{.item = item,
-                   .rows = 0,
+    ChunkInfo info{.rows = 0,
+                   .flags = 0,
+                   .item = item,
                    .token = 0,
                    .head = head,
                    .sequence = s.sequence,
@@ -161,21 +183,23 @@ struct Loader {
                    .segment_index = s.index,
                    .segment_count = s.count,
                    .serial = ++serial,
-                   .checkpoint = -1};
+                   .checkpoint = -1,
+                   .first = true};
     for (int c = first; c < end; ++c, offset += kChunkTokens) {
       if (item == Item::transition && ring.stopped() == serial) return;
       info.token = s.begin + offset;
       info.rows = static_cast<int>(min(static_cast<int64_t>(kChunkTokens), s.length - offset));
       info.chunk = c;
-      info.checkpoint = -1;
+      info.flags = c + 1 == end ? kLastChunk : 0;
       if (item == Item::value && info.rows > 0) {
         const auto here = [&] {
           return checkpoint < p.checkpoints && p.checkpoint_row[checkpoint] == info.token + info.rows;
         };
-        if (here()) info.checkpoint = checkpoint;
+        if (here()) info.checkpoint = checkpoint, info.flags |= kCheckpointAfter;
         while (here()) ++checkpoint;
       }
       load_chunk(info, head / p.group);
+      info.first = false;
     }
   }
 
@@ -220,14 +244,15 @@ struct Loader {
       const Segment s =
           find_segment(p, among, among == Among::first ? sequence_by_length(p, number) : number);
       const int begin = rest ? min(kProbeChunks, s.chunks) : 0;
-      const bool closed = rest && load_acquire(p.progress + s.id * p.heads + head) < 0;
+      const bool closed = rest && wait_for_progress(s.id * p.heads + head) < 0;
       if (begin < s.chunks && !closed)
         load_item(value ? Item::value : Item::transition, s, head, begin, s.chunks);
       __syncwarp();
     }
     if (threadIdx.x % 32 != 0) return;
-    const ChunkInfo end{.item = open ? Item::join : Item::none,
-                        .rows = 0,
+    const ChunkInfo end{.rows = 0,
+                        .flags = 0,
+                        .item = open ? Item::join : Item::none,
                         .token = 0,
                         .head = 0,
                         .sequence = 0,
@@ -237,7 +262,8 @@ struct Loader {
                         .segment_index = 0,
                         .segment_count = 0,
                         .serial = 0,
-                        .checkpoint = -1};
+                        .checkpoint = -1,
+                        .first = true};
     for (int w = 0; w < kProducers; ++w) load_chunk(end, 0);  // every producer and the consumers see an end
   }
 
@@ -245,6 +271,12 @@ struct Loader {
   KL_DEVICE bool probes_left_open(int probes) const {
     while (load_acquire(&p.counters->probed) < probes) __nanosleep(100);
     return __shfl_sync(0xffffffffu, *static_cast<volatile int*>(&p.counters->open), 0) > 0;
+  }
+  // A probe that closed its M may be counted before its number is seen.
+  KL_DEVICE int wait_for_progress(int item) const {
+    int x;
+    while ((x = load_acquire(p.progress + item)) == 0) __nanosleep(100);
+    return x;
   }
 };
 

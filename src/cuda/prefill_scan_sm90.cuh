@@ -9,6 +9,10 @@
 // Where v enters apart from R (Slot::kValuesApart) the first line has v^T [Br | Bo]^T in place of [v | 0]^T,
 // one more step of 16, and the last one more product, v^T Fv.
 //
+// With Slot::kMiddle S is held as it would be in the middle of the chunk without the chunk's own writes, and
+// factors are relative to that: S^T decays first, by what lies between two middles (Ring::decay), and once
+// only.
+//
 // S and R are rounded to bf16 where they are left operands; accumulators are rearranged into them inside a
 // thread. Lane (g, t) of warp w has value channels 16 w + g and 16 w + g + 8.
 #pragma once
@@ -23,17 +27,18 @@ class Scan {
   static constexpr int D = Slot::D;
 
  public:
-  KL_DEVICE Scan(R r, int w) : ring(r), warp(w), this_lane(static_cast<int>(threadIdx.x % 32)) {}
+  KL_DEVICE Scan(R r, int w) : ring(r), warp(w) {}
 
-  // The chunk in slot `at`; returns its checkpoint. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
-  // lane's 8 value channels of token lane / 2 belong. last: it may have fewer than 16 tokens. Transitions are
-  // run with the columns of the identity for value channels, and v = 0.
+  // The chunk in slot `at`; returns its flags. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
+  // lane's 8 value channels of token lane / 2 belong. Transitions are run with the columns of the identity
+  // for value channels, and v = 0. A branch costs more here than what it would save.
   template <bool kValue>
-  KL_DEVICE int chunk(int at, bool last, bf16* out, float* S) const {
+  KL_DEVICE int chunk(int at, bf16* out, float* S) const {
     // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
-    const int lane = opaque(this_lane), t = lane % 4;
+    const uint32_t lane = opaque(threadIdx.x) % 32, t = lane % 4;
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
     const int slot = __shfl_sync(0xffffffffu, at, 0);
+    const int rows = ring.info(slot).rows, flags = ring.info(slot).flags;
     const uint32_t base = ring.slot(slot);
     const uint64_t pair = wgmma_matrix(base + R::kPair, 16, 1024, WgmmaLayout::swizzle_128);
     const uint64_t write = wgmma_matrix(base + R::kWrite, kPanelBytes, 1024, WgmmaLayout::swizzle_128);
@@ -45,14 +50,6 @@ class Scan {
     uint32_t v[4];
     if constexpr (kApart) {  // a left operand: value channels 8 (m % 2) ..., tokens 8 (m / 2) ...
       load_values(base, lane % 8 + lane / 16 * 8, lane / 8 % 2, v);
-      if (last) {
-        const int rows = ring.info(slot).rows;
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {
-          const int token = 2 * t + m / 2 * 8;
-          v[m] &= token + 1 < rows ? 0xffffffffu : token < rows ? 0xffffu : 0u;
-        }
-      }
     } else if constexpr (kValue) {
       load_values(base, lane % 16, lane / 16, v);  // tokens 8 (m % 2) ..., value channels 8 (m / 2) ...
 #pragma unroll
@@ -60,13 +57,9 @@ class Scan {
         const int e = 4 * (m % 2) + 2 * (m / 2);
         RO[e] = __uint_as_float(v[m] << 16), RO[e + 1] = __uint_as_float(v[m] & 0xffff0000u);
       }
-      if (last) {
-        const int rows = ring.info(slot).rows;
-#pragma unroll
-        for (int e = 0; e < 8; ++e)
-          if (2 * t + e % 2 + e / 4 * 8 >= rows) RO[e] = 0;
-      }
     }
+    const float* decay = ring.decay(slot) + 2 * t;
+    if constexpr (Slot::kMiddle) multiply(S, decay, [](float d) { return d; });
     uint32_t s[D / 16][4];
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
@@ -74,12 +67,7 @@ class Scan {
       for (int i = 0; i < 4; ++i) s[step][i] = pack_bf16(S[8 * step + 2 * i], S[8 * step + 2 * i + 1]);
     // Behind the issue of the first product this would be free, but ptxas then spills or serialises every
     // wgmma.
-    const float* decay = ring.decay(slot) + 2 * t;
-#pragma unroll
-    for (int c = 0; c < D / 8; ++c) {
-      const float2 d = *reinterpret_cast<const float2*>(decay + 8 * c);
-      S[4 * c] *= d.x, S[4 * c + 1] *= d.y, S[4 * c + 2] *= d.x, S[4 * c + 3] *= d.y;
-    }
+    if constexpr (!Slot::kMiddle) multiply(S, decay, [](float d) { return d; });
 
     wgmma_pin<D / 2>(S);
     wgmma_pin<16>(RO);
@@ -90,6 +78,8 @@ class Scan {
       wgmma_m64n32k16<0>(RO, s[step], wgmma_behind(pair, step / 4 * 2 * kPanelBytes + step % 4 * 32));
     wgmma_commit();
     wgmma_wait<0>();
+    if constexpr (Slot::kMiddle)
+      if (flags & kSteep) multiply(S, ring.after(slot) + 2 * t, decay_between);
     wgmma_pin<16>(RO);
     const uint32_t r[4] = {pack_bf16(RO[0], RO[1]), pack_bf16(RO[2], RO[3]), pack_bf16(RO[4], RO[5]),
                            pack_bf16(RO[6], RO[7])};
@@ -104,7 +94,6 @@ class Scan {
     if constexpr (kApart)
       update(S, v, wgmma_matrix(base + R::kKeys, kPanelBytes, 1024, WgmmaLayout::swizzle_128));
     wgmma_commit();
-    const int checkpoint = kValue ? ring.info(slot).checkpoint : -1;
     wgmma_wait<1>();  // O is there; the state is not yet
     wgmma_pin<16>(RO);
     const uint32_t o[4] = {pack_bf16(RO[8], RO[9]), pack_bf16(RO[10], RO[11]), pack_bf16(RO[12], RO[13]),
@@ -117,12 +106,22 @@ class Scan {
     const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
     wgmma_wait<0>();
     wgmma_pin<D / 2>(S);
-    if (!last || lane / 2 < ring.info(slot).rows) *reinterpret_cast<uint4*>(out) = eight;
+    if (static_cast<int>(lane / 2) < rows) *reinterpret_cast<uint4*>(out) = eight;
     __syncwarp();
-    return checkpoint;
+    return flags;
   }
 
  private:
+  // S^T by a factor a channel, factor(x) for what stands in `of`, from the lane's first channel on.
+  template <class Factor>
+  KL_DEVICE static void multiply(float* S, const float* of, Factor&& factor) {
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      const float2 x = *reinterpret_cast<const float2*>(of + 8 * c);
+      const float d0 = factor(x.x), d1 = factor(x.y);
+      S[4 * c] *= d0, S[4 * c + 1] *= d1, S[4 * c + 2] *= d0, S[4 * c + 3] *= d1;
+    }
+  }
   // Four blocks of 8 x 8, transposed, of the warp's value channels.
   KL_DEVICE void load_values(uint32_t slot, int token, int piece, uint32_t (&v)[4]) const {
     ldmatrix_x4_trans(v, slot + R::kValue + warp / 4 * kPanelBytes + piece_at(token, 2 * (warp % 4) + piece));
@@ -139,7 +138,7 @@ class Scan {
   }
 
   R ring;
-  int warp, this_lane;
+  int warp;
 };
 
 }  // namespace kl::cuda

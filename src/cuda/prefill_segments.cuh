@@ -56,15 +56,27 @@ struct PrefillParams {
   // [segments, heads] chunks with qt written, negated once M is closed; 0: not known yet. Of a probe that
   // left M open it is the probe's, until somebody has followed M to its end.
   int* progress;
-  int* ready;      // [segments, heads, kConsumerWarps] Ready of a value item's rows
-  int* chained;    // [sequences, heads] value channels whose states are all known
+  int* ready;    // [segments, heads, kConsumerWarps] Ready of a value item's rows
+  int* chained;  // [sequences, heads] value channels whose states are all known
+  // Matrices stand as matrix_at() says.
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
   void* queries;      // [T, heads, D] bf16, qt
 };
 
-// A warp's rows of C are in `carried`; is C the state after the segment?
-enum Ready : int { kNotReady, kPart, kState };
+// How far a warp's rows of a value item are: the state that they start from has been read (told of a
+// sequence's first segment, where others wait for it); they are in `carried`, and are they the state after
+// the segment or only C?
+enum Ready : int { kNotReady, kStarted, kPart, kState };
+
+// Where element (row, k) of a matrix in the workspace stands: columns are in blocks of kColumns.
+template <int D, int kColumns>
+KL_DEVICE int matrix_at(int row, int k) {
+  return k / kColumns * (kColumns * D) + row * kColumns + k % kColumns;
+}
+// With probes blocks are small, so that what a warp's fragments have of a matrix leaves and comes back in
+// runs of 256 bytes; without, states are chained, by threads that go along rows.
+constexpr int matrix_columns(int D, bool probes) { return probes ? 8 : D; }
 
 // What the workspace holds, in bytes from its start.
 struct PrefillWorkspace {

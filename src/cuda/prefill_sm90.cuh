@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   release_next_kernel();
   if (warp < kConsumerWarps) {
     registers_increase<kConsumerRegisters>();
-    if (warp < R::D / 16 && Consumer<Slot, kProbes>(p, ring, warp).run()) Joiner<Slot>(p, memory).run();
+    if (warp < R::D / 16 && Consumer<Slot, kProbes>(p, ring, warp).run())
+      Joiner<Slot, kProbes>(p, memory).run();
   } else {
     registers_decrease<kOtherRegisters>();
     const int producer = warp - kConsumerWarps;

@@ -48,11 +48,6 @@ KL_DEVICE uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
-KL_DEVICE uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
 
 // ---- Addresses and identity -------------------------------------------------------------------------------
 
@@ -95,6 +90,10 @@ KL_DEVICE void cp_async_wait() {
 // registers all the time; and x itself is computed here, not where it is used.
 KL_DEVICE int64_t opaque(int64_t x) {
   asm volatile("" : "+l"(x));
+  return x;
+}
+KL_DEVICE uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
   return x;
 }
 KL_DEVICE int opaque(int x) {
@@ -172,6 +171,12 @@ KL_DEVICE int load_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
+KL_DEVICE void store_relaxed(int* p, int x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+KL_DEVICE void add_relaxed(int* p, int x) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
 KL_DEVICE void store_release(int* p, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
@@ -193,15 +198,20 @@ KL_DEVICE void mbarrier_arrive(uint32_t bar) {
 // barrier is initialised with kWarpArrivals for each warp.
 #ifdef KL_RACECHECK  // each lane for itself, which compute-sanitizer's racecheck can follow
 constexpr uint32_t kWarpArrivals = 32;
-KL_DEVICE void mbarrier_arrive_warp(uint32_t bar) {
+KL_DEVICE void mbarrier_arrive_warp(uint32_t bar, uint32_t = 0) {
   __syncwarp();
   mbarrier_arrive(bar);
 }
 #else
 constexpr uint32_t kWarpArrivals = 1;
-KL_DEVICE void mbarrier_arrive_warp(uint32_t bar) {
+KL_DEVICE void mbarrier_arrive_warp(uint32_t bar, uint32_t lane = threadIdx.x % 32) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+  asm volatile(  // without a branch
+      "{\n.reg .pred p;\n"
+      "setp.eq.u32 p, %1, 0;\n"
+      "@p mbarrier.arrive.shared::cta.b64 _, [%0];\n}" ::"r"(bar),
+      "r"(lane)
+      : "memory");
 }
 #endif
 KL_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {

@@ -40,7 +40,7 @@ struct DplrPrefillMaps {
 template <int D_>
 struct DplrSlot {
   static constexpr int D = D_, kSlots = D == 128 ? 9 : 12;
-  static constexpr bool kValuesApart = true;
+  static constexpr bool kValuesApart = true, kMiddle = false;
   static constexpr uint32_t kPair = 0;
   static constexpr uint32_t kWrite = D / 64 * 2 * kPanelBytes;
   static constexpr uint32_t kKeys = D / 64 * 3 * kPanelBytes;
@@ -112,7 +112,8 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
   KL_DEVICE void gates(const uint32_t (&raw)[4], int rows, float (&x)[8]) const {
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      x[e] = fmaxf(kLog2e * (e % 2 ? high_half(raw[e / 2]) : low_half(raw[e / 2])), kMinLogDecay);
+      x[e] =
+          fmaxf(kLog2e * kDroppedBits * (e % 2 ? high_half(raw[e / 2]) : low_half(raw[e / 2])), kMinLogDecay);
       if (!kFull && 2 * t + e % 2 + e / 2 % 2 * 8 >= rows) x[e] = 0.f;
     }
   }

@@ -4,7 +4,9 @@
 //   L_ij = beta_i Σ k_i k_j e^(G_i - G_j)  (i > j)     A_ij = scale Σ q_i k_j e^(G_i - G_j)  (i >= j)
 //   T = (I + L)^-1 Diag(beta)
 //
-// the consumers need  -k_i e^(G_i),  scale q_i e^(G_i),  T^T (k e^(Gend - G)),  A T  and  e^(Gend).
+// the consumers, which hold the state at the chunk's middle (Gm), need  -k_i e^(G_i - Gm),
+// scale q_i e^(G_i - Gm),  T^T (k e^(Gm - G)),  A T,  e^(Gm)  and  e^(Gend - Gm). The first three are factors
+// of L and A anyway.
 #pragma once
 
 #include "cuda/prefill_factors_sm90.cuh"
@@ -27,20 +29,20 @@ struct KdaPrefillMaps {
 };
 
 // A slot's operands:
-//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then -k·e^G and q·scale·e^G
-//   write   [panel][16]                         raw bf16 g; then (T^T)(k·e^(Gend - G))
+//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then -k·e^(G - Gm) and q·scale·e^(G - Gm)
+//   write   [panel][16]                         raw bf16 g; then (T^T)(k·e^(Gm - G))
 //   value   [panel][16]                         v
 // and an f32 g outside of it, in panels of 32 channels.
 template <int D_, bool kGateF32>
 struct KdaSlot {
   static constexpr int D = D_, kSlots = kGateF32 && D == 128 ? 8 : 12;
-  static constexpr bool kValuesApart = false;
+  static constexpr bool kValuesApart = false, kMiddle = true;
   static constexpr uint32_t kPair = 0;
   static constexpr uint32_t kWrite = D / 64 * 2 * kPanelBytes;
   static constexpr uint32_t kValue = D / 64 * 3 * kPanelBytes;
   static constexpr uint32_t kSlotBytes = D / 64 * 4 * kPanelBytes;
   static constexpr uint32_t kApartBytes = kGateF32 ? D / 64 * 2 * kPanelBytes : 0;
-  static constexpr uint32_t kScratchBytes = 16 * 20 * 4 + 2 * 512;
+  static constexpr uint32_t kScratchBytes = 16 * 20 * 4;
 };
 
 // What turns a raw gate and its bias into log2 of a decay.
@@ -50,9 +52,9 @@ struct GateForm {
 KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
   const float rate = gate.A_log != nullptr ? expf(gate.A_log[head]) : 1.f;
   switch (gate.kind) {
-    case KdaGateKind::softplus: return {kLog2e, -rate};
-    case KdaGateKind::bounded: return {-kLog2e * rate, gate.lower_bound * kLog2e};
-    default: return {kLog2e, 1.f};
+    case KdaGateKind::softplus: return {kLog2e, -rate * kDroppedBits};
+    case KdaGateKind::bounded: return {-kLog2e * rate, gate.lower_bound * kLog2e * kDroppedBits};
+    default: return {kLog2e * kDroppedBits, 1.f};
   }
 }
 KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
@@ -87,6 +89,9 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
   using Base::D, Base::g, Base::lane, Base::pack, Base::ring, Base::t;
   using typename Base::R;
   static constexpr uint32_t kPairPanels = 2 * kPanelBytes;  // panels of `pair` are as far apart
+  // Below this, of half a chunk, factors and states would leave the range of f32. log2; a gate with the bound
+  // -5 stays above it.
+  static constexpr float kLeastDecay = -64.f;
 
  public:
   KL_DEVICE KdaProducer(const KdaPrefillParams& params, R r, int warp)
@@ -159,7 +164,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     }
   }
 
-  // Adds to L and A what 16 channels give, pair by pair.
+  // Adds to -L and A what 16 channels give, pair by pair.
   KL_DEVICE void add_pairs(uint32_t pair, int step, int rows, const float (&sum)[8],
                            const float (&k_scale)[2], const float (&q_scale)[2], float (&L)[2][4],
                            float (&A)[2][4]) const {
@@ -180,25 +185,70 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
       const float a = qk * scale_j * (i < 8 ? q_scale[0] : q_scale[1]);
 #pragma unroll
       for (int r = 0; r < 8; ++r)
-        if (r == e) L[r / 4][r % 4] += l, A[r / 4][r % 4] += a;
+        if (r == e) L[r / 4][r % 4] -= l, A[r / 4][r % 4] += a;
     });
   }
 
+  // Of channels 2t and 2t + 1, 8 half behind the step's first ones: before the chunk's middle and after it.
+  KL_DEVICE void store_decays(int slot, int step, int half, float2 before, float2 after) const {
+    const int k = 16 * step + 8 * half + 2 * t;
+    *reinterpret_cast<float2*>(ring.decay(slot) + k) = before;
+    *reinterpret_cast<float2*>(ring.after(slot) + k) = after;
+  }
+
+  // Adds to -L and A what 16 channels give, decays split at the middle of what a pair has in common: a half,
+  // or the chunk.
+  KL_DEVICE void add_quarters(const float (&sum)[8], const float (&near)[8], const float (&k)[8],
+                              const float (&q)[8], float (&L)[2][4], float (&A)[2][4]) const {
+    float x[8];
+    uint32_t left[4], right[4];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = k[e] * exp2_approx(-near[e]);
+    pack(x, right);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = -k[e] * exp2_approx(near[e]);
+    pack(x, left);
+    Base::add_same_half(L, left, right);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = q[e] * exp2_approx(near[e]);
+    pack(x, left);
+    Base::add_same_half(A, left, right);
+    float decay[8];  // to the middle of the chunk, or from there
+#pragma unroll
+    for (int e = 0; e < 8; ++e) decay[e] = exp2_approx(-fabsf(sum[e])), x[e] = k[e] * decay[e];
+    pack(x, right);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = -k[e] * decay[e];
+    pack(x, left);
+    Base::add_across(L, left, right);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) x[e] = q[e] * decay[e];
+    pack(x, left);
+    Base::add_across(A, left, right);
+  }
+
   // 16 channels in which half a chunk may decay by more than an f32 can hold.
-  KL_DEVICE void steep_step(uint32_t pair, int step, int rows, float (&sum)[8], const float (&k)[8],
+  KL_DEVICE void steep_step(int slot, uint32_t pair, int step, int rows, float (&sum)[8], const float (&k)[8],
                             const float (&q)[8], const float (&k_scale)[2], const float (&q_scale)[2],
                             float (&L)[2][4], float (&A)[2][4], uint32_t (&read_k)[4], uint32_t (&read_q)[4],
-                            uint32_t (&keep)[4], float (&decay)[4]) const {
+                            uint32_t (&keep)[4]) const {
     const auto d = Base::whole_decays(sum);
-    add_pairs(pair, step, rows, sum, k_scale, q_scale, L, A);
+    float near[8];
+    if (Base::from_quarters(sum, -kLeastDecay, near))
+      add_quarters(sum, near, k, q, L, A);
+    else
+      add_pairs(pair, step, rows, sum, k_scale, q_scale, L, A);
     float from_start_k[8], from_start_q[8], to_end[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       from_start_k[e] = -k[e] * d.from_start[e], from_start_q[e] = q[e] * d.from_start[e];
       to_end[e] = k[e] * d.to_end[e];
     }
+    if (g == 7) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) decay[c] = d.chunk[c];
+      for (int half = 0; half < 2; ++half)
+        store_decays(slot, step, half, {1, 1}, {-d.chunk[2 * half], -d.chunk[2 * half + 1]});
+    }
     pack(from_start_k, read_k), pack(from_start_q, read_q), pack(to_end, keep);
   }
 
@@ -216,8 +266,6 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     q_scale[0] *= p.scale, q_scale[1] *= p.scale;
     if (!kFull && g >= rows) k_scale[0] = q_scale[0] = 0;  // their own may be a NaN
     if (!kFull && g + 8 >= rows) k_scale[1] = q_scale[1] = 0;
-    // Below this the factors of a decay would leave the range of f32; keys of length 1 leave more room.
-    const float least_decay = p.l2norm ? -118.f : -100.f;  // log2
     const GateForm form = gate_form(p.gate, head);
     // A step's biases are read before its decays take their place.
     const float* bias = p.bias_in_ring ? ring.decay(slot)
@@ -225,7 +273,8 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
 
-    float L[2][4] = {}, A[2][4] = {};  // L without beta; A. [token j / 8][fragment]
+    float L[2][4] = {}, A[2][4] = {};  // -L without beta; A. [token j / 8][fragment]
+    bool any_steep = false;
     RawGate raw{};
     load_gate(slot, bias, 0, raw);
 #pragma unroll 1
@@ -253,42 +302,44 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
         q[e] = q_scale[i % 2] * low_half(q_raw[i]), q[e + 1] = q_scale[i % 2] * high_half(q_raw[i]);
       }
 
-      const bool steep = Base::steep(sum, least_decay);
-      MiddleDecays d = Base::decays(sum);
+      const bool steep = Base::steep_half(sum, kLeastDecay);
       uint32_t read_k[4], read_q[4], keep[4];
       if (!steep) {
-        float left_k[8], left_q[8], right[8];
+        float from[8], to[8];  // the middle
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          left_k[e] = k[e] * d.from[e], left_q[e] = q[e] * d.from[e];
-          right[e] = k[e] * d.to[e];
-        }
-        uint32_t a[4], b[4];
-        pack(right, b);
-        pack(left_k, a);
-        mma_bf16(L[0], a, b[0], b[2]);
-        mma_bf16(L[1], a, b[1], b[3]);
-        pack(left_q, a);
-        mma_bf16(A[0], a, b[0], b[2]);
-        mma_bf16(A[1], a, b[1], b[3]);
+        for (int e = 0; e < 8; ++e) from[e] = exp2_approx(sum[e]), to[e] = exp2_approx(-sum[e]);
+        if (g == 7) {  // rows 7 and 15 have the sums of the halves
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const int c = 2 * (e / 4) + e % 2;
-          left_k[e] *= -d.first[c], left_q[e] *= d.first[c], right[e] *= d.second[c];
+          for (int half = 0; half < 2; ++half) {
+            const int e = 4 * half;
+            store_decays(slot, step, half, {from[e], from[e + 1]}, {from[e + 2], from[e + 3]});
+            from[e] = from[e + 1] = to[e] = to[e + 1] = 1;  // token 7
+          }
         }
-        pack(left_k, read_k), pack(left_q, read_q), pack(right, keep);
+        float x[8];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = k[e] * to[e];
+        pack(x, keep);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = -k[e] * from[e];
+        pack(x, read_k);
+        mma_bf16(L[0], read_k, keep[0], keep[2]);
+        mma_bf16(L[1], read_k, keep[1], keep[3]);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) x[e] = q[e] * from[e];
+        pack(x, read_q);
+        mma_bf16(A[0], read_q, keep[0], keep[2]);
+        mma_bf16(A[1], read_q, keep[1], keep[3]);
       } else {
-        steep_step(pair, step, rows, sum, k, q, k_scale, q_scale, L, A, read_k, read_q, keep, d.chunk);
+        any_steep = true;
+        steep_step(slot, pair, step, rows, sum, k, q, k_scale, q_scale, L, A, read_k, read_q, keep);
       }
       __syncwarp();  // the block has been read by every lane
       stmatrix_x4(Base::template block<kPairPanels>(pair, step), read_k);
       stmatrix_x4(Base::template block<kPairPanels>(pair + kPanelBytes, step), read_q);
       stmatrix_x4(Base::template block<kPanelBytes>(write, step), keep);
-      if (g == 0) {
-        float2* to = reinterpret_cast<float2*>(ring.decay(slot) + 16 * step + 2 * t);
-        to[0] = {d.chunk[0], d.chunk[1]}, to[4] = {d.chunk[2], d.chunk[3]};
-      }
     }
+    if (any_steep && lane == 0) ring.info(slot).flags |= kSteep;
     const float beta = lane % 16 < rows ? write_strength(p.beta_kind, value_of(p.beta, raw_beta)) : 0.f;
     uint32_t high[4], low[4];  // T^T
     const float beta_i[2] = {__shfl_sync(0xffffffffu, beta, g), __shfl_sync(0xffffffffu, beta, g + 8)};
@@ -297,9 +348,9 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
         *reinterpret_cast<float2*>(scratch + (g + 8 * half) * Base::kInverseRow + 2 * t + 8 * tile) = {
-            beta_i[half] * L[tile][2 * half], beta_i[half] * L[tile][2 * half + 1]};
+            -beta_i[half] * L[tile][2 * half], -beta_i[half] * L[tile][2 * half + 1]};
     __syncwarp();  // L is there
-    Base::invert(scratch, scratch + 16 * Base::kInverseRow, lane % 16, beta, high, low);
+    Base::invert(scratch, scratch, lane % 16, beta, high, low);
 
     Base::keep_lower(A);
     float z[2][4] = {};
