@@ -5,6 +5,8 @@
 #include "io/test_files.h"
 #include "testing/checkpoint_48b.h"
 
+extern "C" __attribute__((weak)) void __asan_init();  // there is one where AddressSanitizer is linked in
+
 namespace kl {
 namespace {
 
@@ -37,12 +39,12 @@ TEST(Checkpoint48B, OpensInAMomentAndFindsEveryTensor) {
   const double find_seconds = seconds(finding);
   RecordProperty("open_ms", static_cast<int>(open_seconds * 1e3));
   RecordProperty("find_all_ms", static_cast<int>(find_seconds * 1e3));
-  // Measured: 0.035 s and 0.002 s; a second each is what a busy machine may make of that. ThreadSanitizer
-  // takes thirty times as long by itself.
+  // Measured: 0.035 s and 0.002 s; a second each is what a busy machine may make of that. Sanitizers take
+  // twenty to thirty times as long by themselves; AddressSanitizer's build runs these same objects.
 #ifdef __SANITIZE_THREAD__
   constexpr double kLimit = 30;
 #else
-  constexpr double kLimit = 1;
+  const double kLimit = __asan_init != nullptr ? 20 : 1;
 #endif
   EXPECT_LT(open_seconds, kLimit);
   EXPECT_LT(find_seconds, kLimit);
