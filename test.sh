@@ -77,22 +77,18 @@ if command -v clang-format >/dev/null && clang-format --version | grep -q 'versi
 fi
 
 say "Release build and tests"
-# From nothing, most of the time goes into headers: the files of a folder's tests are compiled as one, and so are those of its
-# library in the builds after this one, which compiles each by itself as users do.
-tests="-DKL_TESTS=ON -DKL_TEST_UNITY=ON"
-build cpu kimi-linear kda kda_static kda_prefill_example kl_tests -- $tests ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
+build cpu kimi-linear kda kda_static kda_prefill_example kl_tests -- -DKL_TESTS=ON ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
 unit "unit tests" build/cpu/kl_tests
 unit "program" python3 tests/program_test.py build/cpu/kimi-linear
 unit "libkda" python3 tests/libkda_test.py build/cpu
 
 if [ $quick = 0 ]; then
-  again="$tests -DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=0 -DKL_ISAS_FROM=$PWD/build/cpu"
   say "AddressSanitizer and UndefinedBehaviorSanitizer"
-  build asan kl_tests -- $again -DKL_TESTS_FROM="$PWD/build/cpu"  # the code under test is checked, the tests are not
+  build asan kl_tests -- -DKL_TESTS_FROM="$PWD/build/cpu"  # the code under test is checked, the tests are not
   unit "unit tests under ASan and UBSan" build/asan/kl_tests
 
   say "ThreadSanitizer"
-  build tsan base_tests engine_tests io_tests -- $again -DKL_TESTS_FROM="$PWD/build/cpu" "-DKL_OWN_TESTS=base;engine"  # which start threads themselves
+  build tsan base_tests engine_tests io_tests -- -DKL_TESTS=ON
   # Older runtimes do not start where the kernel spreads addresses wider than they know.
   tsan="env"
   build/tsan/base_tests --gtest_list_tests >/dev/null 2>&1 || tsan="setarch $(uname -m) -R"
@@ -118,7 +114,7 @@ if [ $quick = 0 ]; then
     # The oldest and the newest of the portable list here; releases are built for all of it.
     check "CUDA kernels compile and link" build cuda ops_kda_tests ops_delta_net_tests ops_dplr_tests \
       ops_linear_attention_tests ops_act_tests ops_norm_tests kda kda_cuda_bench kda_decode_cuda_bench \
-      relatives_cuda_bench -- $again -DKL_CUDA_ARCHS="80;120" -DCMAKE_CUDA_COMPILER="$nvcc"
+      relatives_cuda_bench -- -DKL_TESTS=ON -DKL_CUDA_ARCHS="80;120" -DCMAKE_CUDA_COMPILER="$nvcc"
   else
     say "CUDA build left out: no nvcc here"
   fi

@@ -40,9 +40,9 @@ struct Layer {
 };
 
 // Rows of N tokens.
-struct StepRows {
+struct Rows {
   OwnedTensor q, k, v, g, beta, out_gate, out, slot;
-  StepRows(const Layer& layer, int64_t N, DType type, testing::Random& random) {
+  Rows(const Layer& layer, int64_t N, DType type, testing::Random& random) {
     q = random_normal(type, {N, layer.H, layer.K}, random),
     k = random_normal(type, {N, layer.H, layer.K}, random);
     v = random_normal(type, {N, layer.H, layer.V}, random),
@@ -56,7 +56,7 @@ struct StepRows {
 
 // The arguments, every tensor through `place` (identity, or to the device).
 template <class Place>
-KdaStepArgs step_args(const Layer& layer, const StepRows& rows, bool v_first, Place&& place) {
+KdaStepArgs step_args(const Layer& layer, const Rows& rows, bool v_first, Place&& place) {
   KdaStepArgs a;
   a.kda.q = place(rows.q.tensor), a.kda.k = place(rows.k.tensor), a.kda.v = place(rows.v.tensor);
   a.kda.g = place(rows.g.tensor), a.kda.beta = place(rows.beta.tensor), a.kda.out = place(rows.out.tensor);
@@ -77,7 +77,7 @@ TEST(KdaStep, StepsAddUpToTheWholeSequence) {
   Layer layer(H, K, V, 1, false, DType::f32, random);
   for (OwnedTensor* t : {&layer.conv[0], &layer.conv[1], &layer.conv[2], &layer.state})
     testing::fill(t->tensor, [](int64_t) { return 0; });
-  StepRows rows(layer, T, DType::f32, random);
+  Rows rows(layer, T, DType::f32, random);
   Ctx ctx;
   for (int64_t t = 0; t < T; ++t) {
     KdaStepArgs a = step_args(layer, rows, false, itself);
@@ -130,7 +130,7 @@ TEST(KdaStep, StepsAddUpToTheWholeSequence) {
 TEST(KdaStep, SaysWhatDoesNotFit) {
   testing::Random random(4);
   const Layer layer(2, 8, 8, 2, false, DType::f32, random);
-  const StepRows rows(layer, 2, DType::f32, random);
+  const Rows rows(layer, 2, DType::f32, random);
   Ctx ctx;
   KdaStepArgs a = step_args(layer, rows, false, itself);
   a.k.weight = a.k.weight.slice(0, 0, 15);
@@ -158,7 +158,7 @@ void expect_right_on_gpu(void (*step)(const Ctx&, const KdaStepArgs&), int64_t N
                    " rows, ", name_of(state_type), " states"));
   testing::Random random(static_cast<uint64_t>(N * H + D));
   const Layer layer(H, D, D, 2 * N + 1, v_first, state_type, random);
-  StepRows rows(layer, N, rows_type, random);
+  Rows rows(layer, N, rows_type, random);
   for (int64_t n = 0; n < N; ++n)
     *rows.slot.tensor.at<int32_t>(n) = n % 5 == 3 ? -1 : static_cast<int32_t>(2 * (N - 1 - n) + 1);
   std::vector<cuda::DeviceTensor> on_device;

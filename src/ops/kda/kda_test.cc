@@ -138,7 +138,8 @@ struct Gate {
   std::function<double(Random&, int64_t t, int64_t channel)> g;
 };
 
-constexpr double kLogDecays[] = {0, -1e-4, -0.05, -5, -160, -std::numeric_limits<double>::infinity()};
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kLogDecays[] = {0, -1e-4, -0.05, -5, -160, -kInf};
 
 std::vector<Gate> gates() {
   std::vector<Gate> all;
@@ -156,9 +157,8 @@ std::vector<Gate> gates() {
       [](Random&, int64_t t, int64_t) { return kLogDecays[(7 * t + t / 5) % 6]; });
   add("alternating blocks of 24 tokens, two halves of the channels", KdaGateKind::log_decay,
       [](Random&, int64_t t, int64_t i) { return (t / 24 + i / 16) % 2 ? -3. : -1e-3; });
-  add("mild, -inf at times", KdaGateKind::log_decay, [](Random& r, int64_t, int64_t) {
-    return r.uniform() < 0.01 ? -std::numeric_limits<double>::infinity() : -1e-3 * r.uniform();
-  });
+  add("mild, -inf at times", KdaGateKind::log_decay,
+      [](Random& r, int64_t, int64_t) { return r.uniform() < 0.01 ? -kInf : -1e-3 * r.uniform(); });
   add("mild, -160 at times", KdaGateKind::log_decay,
       [](Random& r, int64_t, int64_t) { return r.uniform() < 0.05 ? -160 : -0.05 * r.uniform(); });
   add("softplus", KdaGateKind::softplus, [](Random& r, int64_t, int64_t) { return r.normal(); });
