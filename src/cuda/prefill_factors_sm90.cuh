@@ -9,9 +9,10 @@
 //
 // With G_i the inclusive sum of log2-decays from the chunk's start to token i, per channel, and Gm that of
 // tokens 0 to 7, decays between two tokens are split at the middle of the chunk, 2^(G_i - Gm) · 2^(Gm - G_j):
-// good as long as no channel decays by more than about 2^118 in the chunk. Where one does, its 16 channels
-// are done another way (KDA: pairs of tokens of one half are split at the half's middle, good for 2^64 in
-// four tokens), and in the end by taking every pair (i, j) by itself. Products above the diagonal may be inf
+// good as long as no channel decays by more than an operator's limit (DPLR: 2^100 in the chunk; KDA, whose
+// states are held at the middle: 2^64 in a half). Where one does, its 16 channels are done another way (KDA:
+// pairs of tokens of one half are split at the half's middle, good for 2^64 in four tokens), and in the end
+// by taking every pair (i, j) by itself. Products above the diagonal may be inf
 // and are never looked at.
 #pragma once
 
