@@ -84,11 +84,11 @@ unit "libkda" python3 tests/libkda_test.py build/cpu
 
 if [ $quick = 0 ]; then
   say "AddressSanitizer and UndefinedBehaviorSanitizer"
-  build asan kl_tests -- -DKL_TESTS_FROM="$PWD/build/cpu"  # the code under test is checked, the tests are not
+  build asan kl_tests -- -DKL_TESTS_FROM="$PWD/build/cpu" -DKL_OBJECTS_FROM="$PWD/build/cpu"  # the code under test is checked, the tests are not
   unit "unit tests under ASan and UBSan" build/asan/kl_tests
 
   say "ThreadSanitizer"
-  build tsan base_tests engine_tests io_tests -- -DKL_TESTS=ON
+  build tsan base_tests engine_tests io_tests -- -DKL_TESTS=ON -DKL_OBJECTS_FROM="$PWD/build/cpu"
   # Older runtimes do not start where the kernel spreads addresses wider than they know.
   tsan="env"
   build/tsan/base_tests --gtest_list_tests >/dev/null 2>&1 || tsan="setarch $(uname -m) -R"
@@ -114,7 +114,8 @@ if [ $quick = 0 ]; then
     # The oldest and the newest of the portable list here; releases are built for all of it.
     check "CUDA kernels compile and link" build cuda ops_kda_tests ops_delta_net_tests ops_dplr_tests \
       ops_linear_attention_tests ops_act_tests ops_norm_tests kda kda_cuda_bench kda_decode_cuda_bench \
-      relatives_cuda_bench -- -DKL_TESTS=ON -DKL_CUDA_ARCHS="80;120" -DCMAKE_CUDA_COMPILER="$nvcc"
+      relatives_cuda_bench -- -DKL_TESTS=ON -DKL_CUDA_ARCHS="80;120" -DKL_OBJECTS_FROM="$PWD/build/cpu" \
+      -DCMAKE_CUDA_COMPILER="$nvcc"
   else
     say "CUDA build left out: no nvcc here"
   fi
