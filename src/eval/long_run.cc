@@ -9,16 +9,17 @@ namespace {
 
 using namespace eval;
 
-constexpr int64_t kTokens = 65536, kDim = 32;
+constexpr int64_t kLongTokens = 65536, kLongDim = 32;
 constexpr double kAlpha = 0.99992;
 
 // The state after the whole sequence; `alpha` in all channels of all tokens.
 template <class F>
 Values final_state(const MemoryCase& m, const Values& beta, double alpha, bool f64, F&& kda) {
   const MemoryTypes types{DType::f32, f64 ? DType::f64 : DType::f32, DType::f32};
-  const OwnedTensor strength = to_tensor(DType::f32, {kTokens, 1}, beta);
-  OwnedTensor g = to_tensor(f64 ? DType::f64 : DType::f32, {1, 1, kDim}, Values(kDim, std::log(alpha)));
-  g.tensor.shape[0] = kTokens, g.tensor.stride[0] = 0;  // one row for all tokens
+  const OwnedTensor strength = to_tensor(DType::f32, {kLongTokens, 1}, beta);
+  OwnedTensor g =
+      to_tensor(f64 ? DType::f64 : DType::f32, {1, 1, kLongDim}, Values(kLongDim, std::log(alpha)));
+  g.tensor.shape[0] = kLongTokens, g.tensor.stride[0] = 0;  // one row for all tokens
   return run<KdaArgs>(m, types,
                       [&](KdaArgs& args) {
                         args.g = g.tensor, args.gate.kind = KdaGateKind::log_decay,
@@ -32,10 +33,10 @@ Values final_state(const MemoryCase& m, const Values& beta, double alpha, bool f
 
 std::vector<Claim> long_run_claims(ThreadPool* pool) {
   Random random(18);
-  MemoryCase m{.lengths = {kTokens}, .H = 1, .K = kDim, .V = kDim};
-  m.q = normal_values(kTokens * kDim, random), m.k = normal_values(kTokens * kDim, random);
-  m.v = normal_values(kTokens * kDim, random), m.state.resize(kDim * kDim);
-  const Values beta = normal_values(kTokens, random);
+  MemoryCase m{.lengths = {kLongTokens}, .H = 1, .K = kLongDim, .V = kLongDim};
+  m.q = normal_values(kLongTokens * kLongDim, random), m.k = normal_values(kLongTokens * kLongDim, random);
+  m.v = normal_values(kLongTokens * kLongDim, random), m.state.resize(kLongDim * kLongDim);
+  const Values beta = normal_values(kLongTokens, random);
   const auto steps = [&](const KdaArgs& args) {
     Ctx ctx{.pool = pool};
     kda_decode(ctx, args);

@@ -33,17 +33,16 @@ void check_writable(const Named& named, const std::string& path) {
   KL_CHECK(t.data || t.numel() == 0, "cannot write ", path, ": tensor ", in_quotes(name), ": has no data");
 }
 
-using Item = SafetensorsWriter::Item;
-
-std::vector<Item> in_file_order(std::vector<Item> items) {
-  std::sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
-    return size_of(a.dtype) != size_of(b.dtype) ? size_of(a.dtype) > size_of(b.dtype) : a.name < b.name;
-  });
+std::vector<SafetensorsWriter::Item> in_file_order(std::vector<SafetensorsWriter::Item> items) {
+  std::sort(
+      items.begin(), items.end(), [](const SafetensorsWriter::Item& a, const SafetensorsWriter::Item& b) {
+        return size_of(a.dtype) != size_of(b.dtype) ? size_of(a.dtype) > size_of(b.dtype) : a.name < b.name;
+      });
   return items;
 }
 
-std::string header_text(const std::vector<Item>& order, const std::map<std::string, std::string>& metadata,
-                        const std::string& path) {
+std::string header_text(const std::vector<SafetensorsWriter::Item>& order,
+                        const std::map<std::string, std::string>& metadata, const std::string& path) {
   std::string text = "{";
   if (!metadata.empty()) {
     text += "\"__metadata__\":{";
@@ -53,7 +52,7 @@ std::string header_text(const std::vector<Item>& order, const std::map<std::stri
     text.back() = '}', text += ',';
   }
   int64_t offset = 0;
-  for (const Item& item : order) {
+  for (const SafetensorsWriter::Item& item : order) {
     text += json_string(item.name, path) + ":{\"dtype\":\"" + std::string(name_of(item.dtype));
     text += "\",\"shape\":[";
     for (size_t d = 0; d < item.shape.size(); ++d) text += cat(d ? "," : "", item.shape[d]);
@@ -76,7 +75,7 @@ int64_t SafetensorsWriter::Item::bytes() const {
   return n;
 }
 
-SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Item> items,
+SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<SafetensorsWriter::Item> items,
                                      const std::map<std::string, std::string>& metadata)
     : path_(path), items_(in_file_order(std::move(items))), file_(path) {
   const std::string header = header_text(items_, metadata, path);
@@ -86,7 +85,7 @@ SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Item> 
   const size_t names = items_.size() + metadata.size() + !metadata.empty();
   KL_CHECK(names <= kMaxHeaderNames, "cannot write ", path, ": ", names, " names, expected at most ",
            kMaxHeaderNames);
-  for (const Item& item : items_) missing_ += item.bytes();
+  for (const SafetensorsWriter::Item& item : items_) missing_ += item.bytes();
   const uint64_t length = header.size();  // little-endian, as every machine that this runs on
   file_.write(&length, sizeof length);
   file_.write(header.data(), header.size());
@@ -106,14 +105,14 @@ void SafetensorsWriter::commit() {
 
 void write_safetensors(const std::string& path, const std::map<std::string, Tensor>& tensors,
                        const std::map<std::string, std::string>& metadata) {
-  std::vector<Item> items;
+  std::vector<SafetensorsWriter::Item> items;
   for (const Named& named : tensors) {
     check_writable(named, path);
     const auto& [name, t] = named;
     items.push_back({name, t.dtype, {t.shape.begin(), t.shape.begin() + t.rank}});
   }
   SafetensorsWriter writer(path, std::move(items), metadata);
-  for (const Item& item : writer.order()) {
+  for (const SafetensorsWriter::Item& item : writer.order()) {
     const Tensor& t = tensors.at(item.name);
     writer.write(t.data, static_cast<size_t>(t.bytes()));
   }

@@ -17,7 +17,7 @@ using nlohmann::json;
 namespace {
 
 constexpr int kMaxDepth = 16;       // of nested JSON
-constexpr size_t kMaxErrors = 100;  // that a message lists
+constexpr size_t kMaxListed = 100;  // that a message lists
 
 // A value of the file, for messages.
 std::string shown(const json& value) {
@@ -400,8 +400,8 @@ Config parse_config(std::string_view json_text, const std::string& source) {
   }
   if (!errors.empty()) {
     std::string message = cat(source, ": cannot use this configuration:");
-    for (size_t i = 0; i < errors.size() && i < kMaxErrors; ++i) message += "\n  " + errors[i];
-    if (errors.size() > kMaxErrors) message += cat("\n  and ", errors.size() - kMaxErrors, " more");
+    for (size_t i = 0; i < errors.size() && i < kMaxListed; ++i) message += "\n  " + errors[i];
+    if (errors.size() > kMaxListed) message += cat("\n  and ", errors.size() - kMaxListed, " more");
     detail::fail(message);
   }
   return c;

@@ -9,7 +9,7 @@
 namespace kl {
 namespace {
 
-double element(const Tensor& t, int64_t n, int64_t head, int64_t i) {
+double step_element(const Tensor& t, int64_t n, int64_t head, int64_t i) {
   return dispatch_float(
       t.dtype, [&]<class T>() { return static_cast<double>(static_cast<float>(*t.at<T>(n, head, i))); });
 }
@@ -24,7 +24,7 @@ OwnedTensor convolve(const Tensor& x, const StepConv& conv, const Tensor& slots)
       float inputs[kStepTaps] = {};
       if (slot >= 0)
         for (int64_t j = 0; j + 1 < kStepTaps; ++j) inputs[j] = *conv.state.at<float>(slot, c, j);
-      inputs[kStepTaps - 1] = static_cast<float>(element(x, n, c / D, c % D));
+      inputs[kStepTaps - 1] = static_cast<float>(step_element(x, n, c / D, c % D));
       double sum = 0;
       for (int64_t j = 0; j < kStepTaps; ++j)
         sum += static_cast<double>(*conv.weight.at<float>(c, j)) * inputs[j];
@@ -45,7 +45,7 @@ void norm_and_gate(const Tensor& o, const KdaStepArgs& a) {
       const double factor = 1 / std::sqrt(squares / static_cast<double>(V) + a.norm_eps);
       for (int64_t i = 0; i < V; ++i) {
         const double y =
-            x[i] * factor * *a.norm_weight.at<float>(i) / (1 + std::exp(-element(a.out_gate, n, h, i)));
+            x[i] * factor * *a.norm_weight.at<float>(i) / (1 + std::exp(-step_element(a.out_gate, n, h, i)));
         dispatch_float(a.kda.out.dtype,
                        [&]<class T>() { *a.kda.out.at<T>(n, h, i) = static_cast<T>(static_cast<float>(y)); });
       }
