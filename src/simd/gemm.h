@@ -38,6 +38,6 @@ constexpr int64_t kGemmTask = 1 << 18;
 int64_t gemm_task_rows(int64_t m);
 int64_t gemm_task_columns(int64_t m, int64_t k);
 
-KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)
+KL_DECLARE_UP_TO_AVX512(void gemm_nt(const Gemm&); void gemm_nn(const Gemm&);)
 
 }  // namespace kl

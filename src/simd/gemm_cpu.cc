@@ -1,4 +1,6 @@
 // gemm_nt and gemm_nn: tiles of C in registers. B is widened to f32 as it is loaded, for many rows of A once.
+// All sums are in f32: avx512_bf16 takes avx512's.
+#if !defined(__AVX512BF16__)
 #include "simd/gemm.h"
 
 #include "simd/gemm_order.h"
@@ -259,3 +261,4 @@ void gemm_nn(const Gemm& g) {
 }
 
 }  // namespace kl::KL_ISA
+#endif

@@ -6,6 +6,9 @@
 //   KL_DECLARE_PER_ISA(void gemm_nt(const Gemm&);)
 //   KL_ACTIVE_ISA(gemm_nt)({...});
 //
+// A file that AVX-512-BF16 gives nothing may leave it out: KL_DECLARE_UP_TO_AVX512 declares its functions for
+// the others, and avx512's are avx512_bf16's too.
+//
 // The active one is chosen at the first use and stays, unless somebody forces another.
 #pragma once
 
@@ -49,6 +52,19 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
   namespace avx512_bf16 {       \
   __VA_ARGS__                   \
   }
+#define KL_DECLARE_UP_TO_AVX512(...) \
+  namespace generic {                \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace avx2 {                   \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace avx512 {                 \
+  __VA_ARGS__                        \
+  }                                  \
+  namespace avx512_bf16 {            \
+  using namespace avx512;            \
+  }
 #define KL_ACTIVE_ISA(function)                                          \
   (::kl::active_isa() >= ::kl::Isa::avx512_bf16 ? &avx512_bf16::function \
    : ::kl::active_isa() == ::kl::Isa::avx512    ? &avx512::function      \
@@ -59,5 +75,6 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
   namespace generic {           \
   __VA_ARGS__                   \
   }
+#define KL_DECLARE_UP_TO_AVX512(...) KL_DECLARE_PER_ISA(__VA_ARGS__)
 #define KL_ACTIVE_ISA(function) (&generic::function)
 #endif
