@@ -77,7 +77,8 @@ if command -v clang-format >/dev/null && clang-format --version | grep -q 'versi
 fi
 
 say "Release build and tests"
-build cpu kimi-linear kda kda_static kda_prefill_example kl_tests -- -DKL_TESTS=ON ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
+tests="-DKL_TESTS=ON -DKL_TEST_UNITY=${CI:+ON}"  # a folder's as one file in CI, which builds once and from nothing
+build cpu kimi-linear kda kda_static kda_prefill_example kl_tests -- $tests ${CI:+-DKL_WERROR=ON}  # errors in CI only: other compilers have other warnings
 unit "unit tests" build/cpu/kl_tests
 unit "program" python3 tests/program_test.py build/cpu/kimi-linear
 unit "libkda" python3 tests/libkda_test.py build/cpu
@@ -89,7 +90,7 @@ if [ $quick = 0 ]; then
 
   say "AddressSanitizer and UndefinedBehaviorSanitizer"
   # The code under test is checked, the tests are not.
-  build asan kl_tests -- $one_file -DKL_TESTS_FROM="$PWD/build/cpu" -DKL_OBJECTS_FROM="$PWD/build/cpu"
+  build asan kl_tests -- $one_file $tests -DKL_TESTS_FROM="$PWD/build/cpu" -DKL_OBJECTS_FROM="$PWD/build/cpu"
   unit "unit tests under ASan and UBSan" build/asan/kl_tests
 
   say "ThreadSanitizer"
@@ -120,7 +121,7 @@ if [ $quick = 0 ]; then
     # The oldest and the newest of the portable list here; releases are built for all of it.
     check "CUDA kernels compile and link" build cuda ops_kda_tests ops_delta_net_tests ops_dplr_tests \
       ops_linear_attention_tests ops_act_tests ops_norm_tests kda kda_cuda_bench kda_decode_cuda_bench \
-      relatives_cuda_bench -- -DKL_TESTS=ON -DKL_CUDA_ARCHS="80;120" -DKL_OBJECTS_FROM="$PWD/build/cpu" \
+      relatives_cuda_bench -- $tests -DKL_CUDA_ARCHS="80;120" -DKL_OBJECTS_FROM="$PWD/build/cpu" \
       -DCMAKE_CUDA_COMPILER="$nvcc"
   else
     say "CUDA build left out: no nvcc here"

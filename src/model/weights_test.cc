@@ -18,7 +18,7 @@ using testing::tiny_tensors;
 using testing::TinyModel;
 using testing::write_checkpoint;
 
-std::string refusal(const std::string& folder) {
+std::string refused_weights(const std::string& folder) {
   try {
     load_model(folder);
     return "";
@@ -81,7 +81,7 @@ TEST(Weights, PredictionHeadsAreDropped) {
   tensors["model.mtp.0.norm.weight"] = make_tensor(DType::f32, {4});
   const TempDir folder;
   write_checkpoint(folder.path(), shape, tensors);
-  EXPECT_EQ(refusal(folder.path()), "");
+  EXPECT_EQ(refused_weights(folder.path()), "");
 }
 
 TEST(Weights, EverythingWrongIsNamedAtOnce) {
@@ -95,7 +95,7 @@ TEST(Weights, EverythingWrongIsNamedAtOnce) {
   tensors["model.layers.1.self_attn.q_a_proj.weight"] = make_tensor(DType::f32, {2, 24});
   const TempDir folder;
   write_checkpoint(folder.path(), shape, tensors);
-  const std::string message = refusal(folder.path());
+  const std::string message = refused_weights(folder.path());
   for (const char* part :
        {"missing: model.layers.0.self_attn.A_log [2]",
         "missing: model.layers.2.block_sparse_moe.experts.3.w2.weight [24, 12]",
@@ -127,7 +127,7 @@ TEST(Weights, AnAbsurdConfigurationEndsSoon) {
   write_checkpoint(folder.path(), shape, tiny_tensors(shape));
   TinyModel absurd{.layers = std::string(4000, 'M'), .experts = 60000};
   std::ofstream(folder.path() + "/config.json") << testing::config_json(absurd);
-  const std::string message = refusal(folder.path());
+  const std::string message = refused_weights(folder.path());
   EXPECT_NE(message.find("missing: "), std::string::npos);
   EXPECT_LT(message.size(), 20u << 20);
 }

@@ -39,13 +39,13 @@ int64_t packed_columns(const Backend& backend, int64_t k) {
 }
 
 // Rows of b and c are longer than needed, with NaN where a kernel has no business.
-struct Product {
+struct Bf16Product {
   const Backend& backend;
   int64_t m, n, k;
   OwnedTensor a, b, c;
   std::vector<bf16> packed;
 
-  Product(const Backend& b_, int64_t m_, int64_t n_, int64_t k_, uint64_t seed = 1)
+  Bf16Product(const Backend& b_, int64_t m_, int64_t n_, int64_t k_, uint64_t seed = 1)
       : backend(b_), m(m_), n(n_), k(k_) {
     Random random(seed);
     a = testing::random_normal(DType::f32, {m, k + 3}, random);
@@ -102,7 +102,7 @@ void expect_close(const Backend& backend, int64_t m, int64_t n, int64_t k) {
   const double tolerance =
       backend.group == kBf16Rows ? 6e-7 : std::max(6e-7, 0x1p-25 * std::sqrt(static_cast<double>(k)));
   for (const bool accumulate : {false, true}) {
-    const Product p(backend, m, n, k);
+    const Bf16Product p(backend, m, n, k);
     const auto expected = p.expected(accumulate);
     const Tensor c = p.c.tensor.slice(1, 0, n);
     if (!accumulate) testing::fill_nan(p.c.tensor);
@@ -140,7 +140,7 @@ TEST(GemmBf16, GroupsOfTilesLieApartByOddPages) {
 
 TEST_P(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
   for (const int64_t k : {29, 1024, 2100}) {
-    const Product whole(GetParam(), 70, 71, k);
+    const Bf16Product whole(GetParam(), 70, 71, k);
     GetParam().multiply(whole.gemm());
     Random random(k);
     for (int trial = 0; trial < 60; ++trial) {
@@ -162,7 +162,7 @@ TEST_P(GemmBf16Test, AnElementHasTheSameBitsInEveryCompany) {
 }
 
 TEST_P(GemmBf16Test, PackingRoundsToNearestEvenAndFillsUpWithZeros) {
-  const Product p(GetParam(), 6, 1, 45);
+  const Bf16Product p(GetParam(), 6, 1, 45);
   const int64_t group = GetParam().group, rows = group == 4 ? 8 : 16,
                 columns = packed_columns(GetParam(), 45);
   ASSERT_EQ(p.packed.size(), static_cast<size_t>(rows * columns));
