@@ -120,6 +120,13 @@ class FactorWarp {
     return block<kApart>(region, step, lane % 16);
   }
 
+  // The same with the block's second and third matrix of 8 x 8 exchanged, so that the two that make a right
+  // operand of 8 tokens stand in neighbouring registers.
+  template <uint32_t kApart>
+  KL_DEVICE uint32_t block_by_tokens(uint32_t region, int step) const {
+    return region + step / 4 * kApart + piece_at(lane % 8 + lane / 16 * 8, 2 * (step % 4) + lane / 8 % 2);
+  }
+
   // Elements -> fragment.
   KL_DEVICE static void pack(const float (&f)[8], uint32_t (&r)[4]) {
 #pragma unroll
@@ -243,12 +250,13 @@ class FactorWarp {
         memory + region + step / 4 * kApart + piece_at(row, 2 * (step % 4) + channel / 8) + channel % 8 * 2));
   }
 
-  // The inverse of I + L by forward substitution in f32, a column a lane: x is column j of it times `factor`.
-  // Leaves its transpose as two bf16 terms, a left operand, x in row lane % 16. rows: L with kInverseRow
-  // floats to a row, of which what stands under the diagonal is used; terms: 1024 bytes, which may be L's.
+  // The inverse of I + L by forward substitution in f32, a column a lane: x is column j of it times `first`
+  // and `factor`. Leaves its transpose as two bf16 terms, a left operand, x in row lane % 16. rows: L with
+  // kInverseRow floats to a row, of which what stands under the diagonal is used; terms: 1024 bytes, which
+  // may be L's.
   static constexpr int kInverseRow = 20;
-  KL_DEVICE void invert(const float* rows, float* terms_at, int j, float factor, uint32_t (&high)[4],
-                        uint32_t (&low)[4]) const {
+  KL_DEVICE void invert(const float* rows, float* terms_at, int j, float first, float factor,
+                        uint32_t (&high)[4], uint32_t (&low)[4]) const {
     float x[16];
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
@@ -256,7 +264,7 @@ class FactorWarp {
 #pragma unroll
       for (int l = 0; l < i; l += 4)
         *reinterpret_cast<float4*>(row + l) = *reinterpret_cast<const float4*>(rows + i * kInverseRow + l);
-      float even = i == j ? 1.f : 0.f, odd = 0;
+      float even = i == j ? first : 0.f, odd = 0;
 #pragma unroll
       for (int l = 0; l < i; ++l) (l % 2 ? odd : even) = fmaf(-row[l], x[l], l % 2 ? odd : even);
       x[i] = even + odd;

@@ -106,11 +106,12 @@ class Joiner {
     }
     // Nobody waits for these, so that blocks can share them out beforehand. All segments have first tokens,
     // fewer have others.
-    const int later = (count_segments(p) - p.sequences) * p.heads;
+    const Sequences sequences(p);
+    const int later = (sequences.count_segments() - p.sequences) * p.heads;
     int number = static_cast<int>(blockIdx.x);
-    for (int begin = 0, end = longest(); begin < end; begin += kApplyTokens, number -= later)
+    for (int begin = 0, end = longest(sequences); begin < end; begin += kApplyTokens, number -= later)
       for (; number < later; number += static_cast<int>(gridDim.x))
-        apply(find_segment(p, Among::later, number / p.heads), number % p.heads, begin);
+        apply(sequences.segment(Among::later, number / p.heads), number % p.heads, begin);
   }
 
  private:
@@ -124,9 +125,9 @@ class Joiner {
   }
 
   // Tokens that no segment has more of, but for first ones.
-  KL_DEVICE int longest() const {
+  KL_DEVICE int longest(const Sequences& sequences) const {
     int chunks = 0;
-    walk_sequences(p, [&](const Sequence& q) {
+    sequences.walk([&](const Sequence& q) {
       const int shares = p.first_shares + q.segments - 1;
       const int own = q.number < 0 ? 0 : (q.chunks + shares - 1) / shares;
       chunks = max(chunks, static_cast<int>(__reduce_max_sync(0xffffffffu, static_cast<unsigned>(own))));
@@ -149,7 +150,7 @@ class Joiner {
   template <int kWidth>
   KL_DEVICE void chain(int n, int head, int v0) const {
     constexpr int kRows = kWidth * D / kThreads;  // a thread's; it has one key channel
-    const Sequence q = find_sequence(p, [&](const Sequence& x) { return x.number == n; });
+    const Sequence q = Sequences(p).find([&](const Sequence& x) { return x.number == n; });
     const int count = q.segments;
     if (count == 1) return;  // its final state is written already, and nothing is added to its outputs
     const auto item = [&](int j) { return (q.first_id + j) * p.heads + head; };

@@ -70,20 +70,22 @@ constexpr uint32_t kPanelBytes = kChunkTokens * 128;
 //   kApartBytes          more of a slot, outside of it
 //   kScratchBytes        of a producer
 //   kMiddle              consumers hold the state as it is in the middle of a chunk (Scan)
+//   kScaled              v, R and O have a factor a token, which consumers multiply by (Scan)
 //
 // Rows past the end of a sequence hold whatever follows it in memory: producers may not let it into a sum,
 // and leave zeros for the consumers.
 template <class Slot>
 struct Ring : Slot {
-  using Slot::D, Slot::kSlots, Slot::kSlotBytes, Slot::kMiddle;
+  using Slot::D, Slot::kSlots, Slot::kSlotBytes, Slot::kMiddle, Slot::kScaled;
   static constexpr int kPanels = D / 64;
 
   // Offsets from the start of shared memory, which is 1024-byte aligned.
-  static constexpr uint32_t kApart = kSlots * kSlotBytes;                     // [slot]
-  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;     // [slot][D] f32, before a chunk
-  static constexpr uint32_t kAfter = kDecay + kSlots * D * 4;                 // [slot][D] f32, after a chunk
-  static constexpr uint32_t kRead = kAfter + (kMiddle ? kSlots * D * 4 : 0);  // [slot] A
-  static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);  // [producer]
+  static constexpr uint32_t kApart = kSlots * kSlotBytes;                  // [slot]
+  static constexpr uint32_t kDecay = kApart + kSlots * Slot::kApartBytes;  // [slot][D] f32, before a chunk
+  static constexpr uint32_t kAfter = kDecay + kSlots * D * 4;              // [slot][D] f32, after a chunk
+  static constexpr uint32_t kScale = kAfter + (kMiddle ? kSlots * D * 4 : 0);  // [slot][v, R, O][16] f32
+  static constexpr uint32_t kRead = kScale + (kScaled ? kSlots * 3 * kChunkTokens * 4 : 0);  // [slot] A
+  static constexpr uint32_t kScratch = kRead + kSlots * (Slot::kValuesApart ? 0 : 512);      // [producer]
   static constexpr uint32_t kStage =
       kScratch + kProducers * Slot::kScratchBytes;  // [consumer warp] 16 x 16 bf16
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
@@ -116,6 +118,10 @@ struct Ring : Slot {
   // that decays by too much for that: its factors are relative to the chunk's start and its end, and it
   // decays by the amount of this between being read and being written, and not after the chunk.
   KL_DEVICE float* after(int s) const { return reinterpret_cast<float*>(memory + kAfter) + s * D; }
+  // kScaled: factors of the tokens' v; R's stand kChunkTokens further, O's after them.
+  KL_DEVICE float* scale(int s) const {
+    return reinterpret_cast<float*>(memory + kScale) + s * 3 * kChunkTokens;
+  }
   KL_DEVICE volatile int& stopped() const { return *reinterpret_cast<volatile int*>(memory + kStopped); }
 };
 
@@ -142,7 +148,7 @@ KL_DEVICE float decay_between(float x) { return __float_as_int(x) < 0 ? -x : 1.f
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
-// One warp. All lanes find items; lane 0 alone walks the ring.
+// One warp; lane 0 alone tells others.
 template <class Op>
 struct Loader {
   using R = Ring<typename Op::Slot>;
@@ -155,20 +161,29 @@ struct Loader {
   KL_DEVICE Loader(const typename Op::Params& params, const typename Op::Maps& m, R r)
       : p(params), maps(m), ring(r) {}
 
-  KL_DEVICE void load_chunk(const ChunkInfo& info, int qk_head) {
+  // The same in all lanes, and the compiler knows: what the copy engine is told of goes to uniform registers
+  // at once. Otherwise every box costs a loop over the lanes, 120 cycles.
+  KL_DEVICE static int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
+  KL_DEVICE void load_chunk(ChunkInfo info, int qk_head) {
+    const int slot = uniform(turn.slot);
+    info.token = uniform(static_cast<int>(info.token));
+    info.head = uniform(info.head), qk_head = uniform(qk_head);
     // Far ahead of the others: it may sleep, and leave them the issue slots.
-    while (!mbarrier_try_wait(ring.free(turn.slot), turn.phase ^ 1)) __nanosleep(200);
+    while (!mbarrier_try_wait(ring.free(slot), turn.phase ^ 1)) __nanosleep(200);
     fence_proxy_async();  // others have read the slot; the copy engine writes over it
-    ring.info(turn.slot) = info;
-    if (info.rows > 0)
-      Op::load(p, ring, turn.slot, maps, info, qk_head);
-    else
-      mbarrier_arrive(ring.raw(turn.slot));
+    if (elected()) {
+      ring.info(slot) = info;
+      if (info.rows > 0)
+        Op::load(p, ring, slot, maps, info, qk_head);
+      else
+        mbarrier_arrive(ring.raw(slot));
+    }
     turn.advance(1);
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    if (threadIdx.x % 32 != 0) return;
+    const int qk_head = head / p.group;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.rows = 0,
@@ -198,7 +213,7 @@ struct Loader {
         if (here()) info.checkpoint = checkpoint, info.flags |= kCheckpointAfter;
         while (here()) ++checkpoint;
       }
-      load_chunk(info, head / p.group);
+      load_chunk(info, qk_head);
       info.first = false;
     }
   }
@@ -207,10 +222,10 @@ struct Loader {
   // with smaller numbers and for lists that are taken before: some running block has those, all that it waits
   // for in turn comes before them, and its loader has sent their chunks before it looks at anything else. So
   // nobody waits in a circle, however few of the grid's blocks run at a time.
-  KL_DEVICE int take(int* list) const {
+  KL_DEVICE int take(int* list) const {  // lane 0's
     int i = 0;
     if (threadIdx.x % 32 == 0) i = atomicAdd(list, 1);
-    return __shfl_sync(0xffffffffu, i, 0);
+    return i;
   }
 
   KL_DEVICE void run() {
@@ -219,14 +234,18 @@ struct Loader {
       prefetch_tensor_map(reinterpret_cast<const CUtensorMap*>(&maps) + threadIdx.x % 32);
     wait_for_previous_kernel();  // inputs are there, the counters are cleared; nobody reads before a chunk
                                  // comes
+    // The first number is on its way while sequences are counted.
+    int* list = &p.counters->items;
+    int ticket = 0;
+    if (threadIdx.x % 32 == 0) ticket = atomicAdd(list, 1);
+    const Sequences sequences(p);
     const int firsts = p.sequences * p.heads;
     // Items of segments that are not their sequence's first, of one kind.
-    const int later = p.progress != nullptr ? count_segments(p) * p.heads - firsts : 0;
-    int* list = &p.counters->items;
+    const int later = p.progress != nullptr ? sequences.count_segments() * p.heads - firsts : 0;
     int items = p.probes ? firsts + later : firsts + 2 * later;
     bool rest = false, open = !p.probes && later > 0;
-    for (;;) {
-      int i = take(list);
+    for (;; ticket = take(list)) {
+      int i = uniform(ticket);
       if (i >= items) {
         if (rest || !p.probes || later == 0 || !probes_left_open(later)) break;
         // Then the transitions that the probes left open, from where they stopped.
@@ -242,14 +261,12 @@ struct Loader {
       }
       const int head = i % p.heads, number = i / p.heads;
       const Segment s =
-          find_segment(p, among, among == Among::first ? sequence_by_length(p, number) : number);
+          sequences.segment(among, among == Among::first ? sequences.by_length(number) : number);
       const int begin = rest ? min(kProbeChunks, s.chunks) : 0;
       const bool closed = rest && wait_for_progress(s.id * p.heads + head) < 0;
       if (begin < s.chunks && !closed)
         load_item(value ? Item::value : Item::transition, s, head, begin, s.chunks);
-      __syncwarp();
     }
-    if (threadIdx.x % 32 != 0) return;
     const ChunkInfo end{.rows = 0,
                         .flags = 0,
                         .item = open ? Item::join : Item::none,

@@ -9,6 +9,8 @@
 // Where v enters apart from R (Slot::kValuesApart) the first line has v^T [Br | Bo]^T in place of [v | 0]^T,
 // one more step of 16, and the last one more product, v^T Fv.
 //
+// With Slot::kScaled each token has three factors: of v, of R before it goes on, and of O in the end.
+//
 // With Slot::kMiddle S is held as it would be in the middle of the chunk without the chunk's own writes, and
 // factors are relative to that: S^T decays first, by what lies between two middles (Ring::decay), and once
 // only.
@@ -57,6 +59,7 @@ class Scan {
         const int e = 4 * (m % 2) + 2 * (m / 2);
         RO[e] = __uint_as_float(v[m] << 16), RO[e + 1] = __uint_as_float(v[m] & 0xffff0000u);
       }
+      if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + 2 * t).multiply(RO);
     }
     const float* decay = ring.decay(slot) + 2 * t;
     if constexpr (Slot::kMiddle) multiply(S, decay, [](float d) { return d; });
@@ -81,8 +84,12 @@ class Scan {
     if constexpr (Slot::kMiddle)
       if (flags & kSteep) multiply(S, ring.after(slot) + 2 * t, decay_between);
     wgmma_pin<16>(RO);
-    const uint32_t r[4] = {pack_bf16(RO[0], RO[1]), pack_bf16(RO[2], RO[3]), pack_bf16(RO[4], RO[5]),
-                           pack_bf16(RO[6], RO[7])};
+    float left[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) left[e] = RO[e];
+    if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + kChunkTokens + 2 * t).multiply(left);
+    const uint32_t r[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
+                           pack_bf16(left[4], left[5]), pack_bf16(left[6], left[7])};
     wgmma_pin<16>(RO);
     wgmma_pin<D / 2>(S);
     wgmma_fence();
@@ -96,6 +103,7 @@ class Scan {
     wgmma_commit();
     wgmma_wait<1>();  // O is there; the state is not yet
     wgmma_pin<16>(RO);
+    if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + 2 * kChunkTokens + 2 * t).multiply(RO + 8);
     const uint32_t o[4] = {pack_bf16(RO[8], RO[9]), pack_bf16(RO[10], RO[11]), pack_bf16(RO[12], RO[13]),
                            pack_bf16(RO[14], RO[15])};
     // 16 value channels x 16 tokens through the warp's corner of shared memory, so that 32 bytes of a row
@@ -122,6 +130,18 @@ class Scan {
       S[4 * c] *= d0, S[4 * c + 1] *= d1, S[4 * c + 2] *= d0, S[4 * c + 3] *= d1;
     }
   }
+  // A factor for each of the lane's tokens; `from` is that of the first one.
+  struct TokenFactors {
+    float2 half[2];
+    KL_DEVICE explicit TokenFactors(const float* from) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) half[i] = *reinterpret_cast<const float2*>(from + 8 * i);
+    }
+    KL_DEVICE void multiply(float* x) const {  // R or O
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e] *= e % 2 ? half[e / 4].y : half[e / 4].x;
+    }
+  };
   // Four blocks of 8 x 8, transposed, of the warp's value channels.
   KL_DEVICE void load_values(uint32_t slot, int token, int piece, uint32_t (&v)[4]) const {
     ldmatrix_x4_trans(v, slot + R::kValue + warp / 4 * kPanelBytes + piece_at(token, 2 * (warp % 4) + piece));

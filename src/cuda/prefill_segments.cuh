@@ -128,14 +128,93 @@ struct Sequence {
   int first_id;  // of its segments
 };
 
-// Lane-parallel walk over the sequences, by a whole warp. Calls f(lane's sequence); stops when it returns
-// true, which it does for all lanes alike.
-template <class F>
-KL_DEVICE void walk_sequences(const PrefillParams& p, F&& f) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  int before = 0;
-  for (int n0 = 0; n0 < p.sequences; n0 += 32) {
-    const int n = n0 + lane;
+// Segments are numbered over all sequences: all of them, the first of each, or those that are not.
+enum class Among : int { all, first, later };
+
+// The sequences of a call, for a whole warp: a lane has one of every 32. Answers are the same in all lanes.
+class Sequences {
+ public:
+  KL_DEVICE explicit Sequences(const PrefillParams& params) : p(params), first(some(0, 0)) {}
+
+  // Calls f(lane's sequence) for 32 after the other; stops when it returns true, which it does for all lanes
+  // alike.
+  template <class F>
+  KL_DEVICE void walk(F&& f) const {
+    Sequence q = first;
+    for (int n0 = 0;;) {
+      if (f(q)) return;
+      if ((n0 += 32) >= p.sequences) return;
+      q = some(n0, __shfl_sync(0xffffffffu, q.first_id + q.segments, 31));
+    }
+  }
+
+  KL_DEVICE int count_segments() const {
+    int total = 0;
+    walk([&](const Sequence& q) {
+      total += static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(q.segments)));
+      return false;
+    });
+    return total;
+  }
+
+  // The sequence that is(sequence) is true for.
+  template <class Is>
+  KL_DEVICE Sequence find(Is&& is) const {
+    Sequence s;
+    walk([&](const Sequence& q) {
+      const unsigned found = __ballot_sync(0xffffffffu, q.number >= 0 && is(q));
+      if (found == 0) return false;
+      const int lane = __ffs(static_cast<int>(found)) - 1;
+      s.number = __shfl_sync(0xffffffffu, q.number, lane);
+      s.begin = __shfl_sync(0xffffffffu, q.begin, lane);
+      s.length = __shfl_sync(0xffffffffu, q.length, lane);
+      s.chunks = __shfl_sync(0xffffffffu, q.chunks, lane);
+      s.segments = __shfl_sync(0xffffffffu, q.segments, lane);
+      s.first_id = __shfl_sync(0xffffffffu, q.first_id, lane);
+      return true;
+    });
+    return s;
+  }
+
+  KL_DEVICE Segment segment(Among among, int number) const {
+    const auto first_number = [&](const Sequence& q) {
+      return among == Among::all ? q.first_id : among == Among::first ? q.number : q.first_id - q.number;
+    };
+    const Sequence q = find([&](const Sequence& x) {
+      const int count = among == Among::all ? x.segments : among == Among::first ? 1 : x.segments - 1;
+      return first_number(x) <= number && number < first_number(x) + count;
+    });
+    const int index = number - first_number(q) + (among == Among::later);
+    const int begin = first_chunk_of(p, q.chunks, index, q.segments);
+    return {.sequence = q.number,
+            .index = index,
+            .count = q.segments,
+            .id = q.first_id + index,
+            .first_chunk = begin,
+            .chunks = first_chunk_of(p, q.chunks, index + 1, q.segments) - begin,
+            .begin = q.begin,
+            .length = q.length};
+  }
+
+  // The sequence of that rank by length, the longest first, where a warp can see them all: the last ones to
+  // start are short.
+  KL_DEVICE int by_length(int rank) const {
+    if (p.sequences > 32) return rank;
+    int before = 0;
+    for (int m = 0; m < p.sequences; ++m) {
+      const int other = __shfl_sync(0xffffffffu, first.chunks, m);
+      before += other > first.chunks || (other == first.chunks && m < first.number);
+    }
+    return __ffs(static_cast<int>(__ballot_sync(0xffffffffu, first.number >= 0 && before == rank))) - 1;
+  }
+
+ private:
+  const PrefillParams& p;
+  Sequence first;  // the lane's of the first 32
+
+  // Sequence n0 + lane, before_id segments before sequence n0.
+  KL_DEVICE Sequence some(int n0, int before_id) const {
+    const int lane = static_cast<int>(threadIdx.x % 32), n = n0 + lane;
     Sequence q{.number = -1, .begin = 0, .length = 0, .chunks = 0, .segments = 0, .first_id = 0};
     if (n < p.sequences) {
       q.number = n;
@@ -145,85 +224,16 @@ KL_DEVICE void walk_sequences(const PrefillParams& p, F&& f) {
       q.segments = segments_of(p, q.chunks);
     }
     int sum = q.segments;
+    if (p.sequences > 1)
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    q.first_id = before + sum - q.segments;
-    if (f(q)) return;
-    before += __shfl_sync(0xffffffffu, sum, 31);
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, sum, step);
+        if (lane >= step) sum += other;
+      }
+    q.first_id = before_id + sum - q.segments;
+    return q;
   }
-}
-
-// The same in every lane, as what follows.
-KL_DEVICE int count_segments(const PrefillParams& p) {
-  int total = 0;
-  walk_sequences(p, [&](const Sequence& q) {
-    total += static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(q.segments)));
-    return false;
-  });
-  return total;
-}
-
-// The sequence that is(sequence) is true for.
-template <class Is>
-KL_DEVICE Sequence find_sequence(const PrefillParams& p, Is&& is) {
-  Sequence s;
-  walk_sequences(p, [&](const Sequence& q) {
-    const unsigned found = __ballot_sync(0xffffffffu, q.number >= 0 && is(q));
-    if (found == 0) return false;
-    const int lane = __ffs(static_cast<int>(found)) - 1;
-    s.number = __shfl_sync(0xffffffffu, q.number, lane);
-    s.begin = __shfl_sync(0xffffffffu, q.begin, lane);
-    s.length = __shfl_sync(0xffffffffu, q.length, lane);
-    s.chunks = __shfl_sync(0xffffffffu, q.chunks, lane);
-    s.segments = __shfl_sync(0xffffffffu, q.segments, lane);
-    s.first_id = __shfl_sync(0xffffffffu, q.first_id, lane);
-    return true;
-  });
-  return s;
-}
-KL_DEVICE Segment segment_of(const PrefillParams& p, const Sequence& q, int index) {
-  const int first = first_chunk_of(p, q.chunks, index, q.segments);
-  return {.sequence = q.number,
-          .index = index,
-          .count = q.segments,
-          .id = q.first_id + index,
-          .first_chunk = first,
-          .chunks = first_chunk_of(p, q.chunks, index + 1, q.segments) - first,
-          .begin = q.begin,
-          .length = q.length};
-}
-
-// Segments are numbered over all sequences: all of them, the first of each, or those that are not.
-enum class Among : int { all, first, later };
-KL_DEVICE Segment find_segment(const PrefillParams& p, Among among, int number) {
-  const auto first_number = [&](const Sequence& q) {
-    return among == Among::all ? q.first_id : among == Among::first ? q.number : q.first_id - q.number;
-  };
-  const Sequence q = find_sequence(p, [&](const Sequence& x) {
-    const int count = among == Among::all ? x.segments : among == Among::first ? 1 : x.segments - 1;
-    return first_number(x) <= number && number < first_number(x) + count;
-  });
-  return segment_of(p, q, number - first_number(q) + (among == Among::later));
-}
-// The sequence of that rank by length, the longest first, where a warp can see them all: the last ones to
-// start are short.
-KL_DEVICE int sequence_by_length(const PrefillParams& p, int rank) {
-  if (p.sequences > 32) return rank;
-  int number = 0;
-  walk_sequences(p, [&](const Sequence& q) {
-    int before = 0;
-    for (int m = 0; m < p.sequences; ++m) {
-      const int other = __shfl_sync(0xffffffffu, q.chunks, m);
-      before += other > q.chunks || (other == q.chunks && m < q.number);
-    }
-    number = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, q.number >= 0 && before == rank))) - 1;
-    return true;
-  });
-  return number;
-}
+};
 
 // Where one head's state stands in the pool.
 struct StatePlace {

@@ -43,6 +43,12 @@ KL_DEVICE float tanh_approx(float x) {  // relative error to 2^-11
 // ---- Packed bf16 ------------------------------------------------------------------------------------------
 
 // {low, high} rounded to nearest even; `low` lands in the lower half.
+// Both halves: products of bf16 in bf16.
+KL_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
 KL_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
@@ -257,6 +263,13 @@ KL_DEVICE void store_in_cluster(uint32_t smem, uint32_t bar, uint32_t rank, floa
 
 // Ordinary writes to shared memory become visible to the copy engine and the tensor cores.
 KL_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// One lane of a warp whose lanes are all here, always the same one. The compiler then knows that there is
+// only one, and has no loop over lanes around a copy.
+KL_DEVICE bool elected() {
+  uint32_t is;
+  asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(is));
+  return is != 0;
+}
 KL_DEVICE void bulk_load(uint32_t smem, const void* global, uint32_t bytes, uint32_t bar) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(smem),

@@ -40,7 +40,7 @@ struct DplrPrefillMaps {
 template <int D_>
 struct DplrSlot {
   static constexpr int D = D_, kSlots = D == 128 ? 9 : 12;
-  static constexpr bool kValuesApart = true, kMiddle = false;
+  static constexpr bool kValuesApart = true, kMiddle = false, kScaled = false;
   static constexpr uint32_t kPair = 0;
   static constexpr uint32_t kWrite = D / 64 * 2 * kPanelBytes;
   static constexpr uint32_t kKeys = D / 64 * 3 * kPanelBytes;
@@ -262,7 +262,7 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
             m.Ba[tile][2 * half], m.Ba[tile][2 * half + 1]};
     __syncwarp();              // Ba is there
     uint32_t high[4], low[4];  // T^T, rows one token ahead
-    Base::invert(scratch, scratch + 17 * kRow, (lane + 1) % 16, 1.f, high, low);
+    Base::invert(scratch, scratch + 17 * kRow, (lane + 1) % 16, 1.f, 1.f, high, low);
 
     Base::keep_lower(m.Ak), Base::keep_lower(m.Aa), Base::keep_lower(m.Bk);
     if (g == 7)  // token 0 reads nothing of this chunk

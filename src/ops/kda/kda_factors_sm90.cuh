@@ -4,9 +4,18 @@
 //   L_ij = beta_i Σ k_i k_j e^(G_i - G_j)  (i > j)     A_ij = scale Σ q_i k_j e^(G_i - G_j)  (i >= j)
 //   T = (I + L)^-1 Diag(beta)
 //
-// the consumers, which hold the state at the chunk's middle (Gm), need  -k_i e^(G_i - Gm),
-// scale q_i e^(G_i - Gm),  T^T (k e^(Gm - G)),  A T,  e^(Gm)  and  e^(Gend - Gm). The first three are factors
-// of L and A anyway.
+// the consumers, which hold the state at the chunk's middle (Gm), need  k_i e^(G_i - Gm),  q_i e^(G_i - Gm),
+// T^T (k e^(Gm - G)),  A T,  e^(Gm)  and  e^(Gend - Gm). The first three are factors of L and A anyway.
+//
+// q and k are taken as they come: what makes them of length one, nk and nq (and scale), is known only when
+// all channels have been seen, and is a factor a token. With raw L_ij = Σ k_i k_j e^(G_i - G_j) and A alike,
+//
+//   R'_i = -nk_i^2 (k_i S e^(..) - v_i / nk_i)          (R_i = R'_i / nk_i)
+//   T'   = Diag(nk) (I + Diag(beta nk) L Diag(nk))^-1 Diag(beta / nk)
+//   S   += (k e^(..))^T T' R'     o_i = nq_i (q_i S e^(..) + A T' R')
+//
+// R' could do without the factor nk^2, but with it equal keys of no decay are written as they are read: T'^T
+// k is k then, and not rounded again.
 #pragma once
 
 #include "cuda/prefill_factors_sm90.cuh"
@@ -29,20 +38,20 @@ struct KdaPrefillMaps {
 };
 
 // A slot's operands:
-//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then -k·e^(G - Gm) and q·scale·e^(G - Gm)
-//   write   [panel][16]                         raw bf16 g; then (T^T)(k·e^(Gm - G))
+//   pair    [panel][k rows 0-15, q rows 0-15]   raw k, q; then k·e^(G - Gm) and q·e^(G - Gm)
+//   write   [panel][16]                         raw bf16 g; then (T'^T)(k·e^(Gm - G))
 //   value   [panel][16]                         v
 // and an f32 g outside of it, in panels of 32 channels.
 template <int D_, bool kGateF32>
 struct KdaSlot {
   static constexpr int D = D_, kSlots = kGateF32 && D == 128 ? 8 : 12;
-  static constexpr bool kValuesApart = false, kMiddle = true;
+  static constexpr bool kValuesApart = false, kMiddle = true, kScaled = true;
   static constexpr uint32_t kPair = 0;
   static constexpr uint32_t kWrite = D / 64 * 2 * kPanelBytes;
   static constexpr uint32_t kValue = D / 64 * 3 * kPanelBytes;
   static constexpr uint32_t kSlotBytes = D / 64 * 4 * kPanelBytes;
   static constexpr uint32_t kApartBytes = kGateF32 ? D / 64 * 2 * kPanelBytes : 0;
-  static constexpr uint32_t kScratchBytes = 16 * 20 * 4;
+  static constexpr uint32_t kScratchBytes = (16 * 20 - 4) * 4;
 };
 
 // What turns a raw gate and its bias into log2 of a decay.
@@ -92,6 +101,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
   // Below this, of half a chunk, factors and states would leave the range of f32. log2; a gate with the bound
   // -5 stays above it.
   static constexpr float kLeastDecay = -64.f;
+  static constexpr uint32_t kOnes = 0x3f803f80u;  // in bf16
 
  public:
   KL_DEVICE KdaProducer(const KdaPrefillParams& params, R r, int warp)
@@ -108,25 +118,16 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
   const KdaPrefillParams& p;
   float* scratch;
 
-  // 1 / |k| and 1 / |q| of tokens g and g + 8, from the diagonals of k k^T and q q^T.
-  KL_DEVICE void inverse_lengths(uint32_t pair, float (&inverse_k)[2], float (&inverse_q)[2]) const {
-    float d[2][2][4] = {};  // [k, q][token / 8]
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step)
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        uint32_t x[4];
-        ldmatrix_x4(x, Base::template block<kPairPanels>(pair + row * kPanelBytes, step));
-        mma_bf16(d[row][0], x, x[0], x[2]);
-        mma_bf16(d[row][1], x, x[1], x[3]);
-      }
+  // Of tokens g and g + 8: 1 / length and the length, squares being on the diagonals of x x^T.
+  KL_DEVICE void lengths(const float (&squares)[2][4], float (&inverse)[2], float (&length)[2]) const {
     const int from = (lane & ~3) | g / 2;
-    const auto inverse = [&](const float(&x)[4], int half) {
-      return rsqrt_approx(__shfl_sync(0xffffffffu, g % 2 ? x[2 * half + 1] : x[2 * half], from) + p.l2_eps);
-    };
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      inverse_k[half] = inverse(d[0][half], half), inverse_q[half] = inverse(d[1][half], half);
+    for (int half = 0; half < 2; ++half) {
+      const float(&x)[4] = squares[half];
+      const float square = __shfl_sync(0xffffffffu, g % 2 ? x[2 * half + 1] : x[2 * half], from) + p.l2_eps;
+      inverse[half] = p.l2norm ? rsqrt_approx(square) : 1.f;
+      length[half] = p.l2norm ? square * inverse[half] : 1.f;
+    }
   }
 
   // Raw gates of tokens 2t, 2t + 1, 2t + 8, 2t + 9 of channels g, g + 8 (right operands), and their biases:
@@ -164,14 +165,11 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     }
   }
 
-  // Adds to -L and A what 16 channels give, pair by pair.
-  KL_DEVICE void add_pairs(uint32_t pair, int step, int rows, const float (&sum)[8],
-                           const float (&k_scale)[2], const float (&q_scale)[2], float (&L)[2][4],
+  // Adds to L and A what 16 channels give, pair by pair.
+  KL_DEVICE void add_pairs(uint32_t pair, int step, int rows, const float (&sum)[8], float (&L)[2][4],
                            float (&A)[2][4]) const {
     const auto place = [&](int token, int channel) -> float& { return scratch[token * 17 + channel]; };
     Base::for_each_pair(sum, place, [&](int e, int i, int j, auto&& decay) {
-      const float kj = __shfl_sync(0xffffffffu, k_scale[0], 4 * (j % 8));
-      const float kj8 = __shfl_sync(0xffffffffu, k_scale[1], 4 * (j % 8));
       if (i < j || i >= rows) return;
       float kk = 0, qk = 0;
 #pragma unroll 1
@@ -180,12 +178,9 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
         kk = fmaf(Base::template element<kPairPanels>(pair, step, i, c), w, kk);
         qk = fmaf(Base::template element<kPairPanels>(pair + kPanelBytes, step, i, c), w, qk);
       }
-      const float scale_j = j < 8 ? kj : kj8;
-      const float l = kk * scale_j * (i < 8 ? k_scale[0] : k_scale[1]);
-      const float a = qk * scale_j * (i < 8 ? q_scale[0] : q_scale[1]);
 #pragma unroll
       for (int r = 0; r < 8; ++r)
-        if (r == e) L[r / 4][r % 4] -= l, A[r / 4][r % 4] += a;
+        if (r == e) L[r / 4][r % 4] += kk, A[r / 4][r % 4] += qk;
     });
   }
 
@@ -196,60 +191,56 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     *reinterpret_cast<float2*>(ring.after(slot) + k) = after;
   }
 
-  // Adds to -L and A what 16 channels give, decays split at the middle of what a pair has in common: a half,
+  // Adds to L and A what 16 channels give, decays split at the middle of what a pair has in common: a half,
   // or the chunk.
-  KL_DEVICE void add_quarters(const float (&sum)[8], const float (&near)[8], const float (&k)[8],
-                              const float (&q)[8], float (&L)[2][4], float (&A)[2][4]) const {
+  KL_DEVICE void add_quarters(const float (&sum)[8], const float (&near)[8], const uint32_t (&k)[4],
+                              const uint32_t (&q)[4], float (&L)[2][4], float (&A)[2][4]) const {
     float x[8];
-    uint32_t left[4], right[4];
+    uint32_t decay[4], left[4], right[4];
+    const auto exponents = [&](auto&& exponent) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = k[e] * exp2_approx(-near[e]);
-    pack(x, right);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = -k[e] * exp2_approx(near[e]);
-    pack(x, left);
+      for (int e = 0; e < 8; ++e) x[e] = exp2_approx(exponent(e));
+      pack(x, decay);
+    };
+    exponents([&](int e) { return -near[e]; });
+    multiply(k, decay, right);
+    exponents([&](int e) { return near[e]; });
+    multiply(k, decay, left);
     Base::add_same_half(L, left, right);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = q[e] * exp2_approx(near[e]);
-    pack(x, left);
+    multiply(q, decay, left);
     Base::add_same_half(A, left, right);
-    float decay[8];  // to the middle of the chunk, or from there
-#pragma unroll
-    for (int e = 0; e < 8; ++e) decay[e] = exp2_approx(-fabsf(sum[e])), x[e] = k[e] * decay[e];
-    pack(x, right);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = -k[e] * decay[e];
-    pack(x, left);
-    Base::add_across(L, left, right);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[e] = q[e] * decay[e];
-    pack(x, left);
+    exponents([&](int e) { return -fabsf(sum[e]); });  // to the middle of the chunk, or from there
+    multiply(k, decay, right);
+    Base::add_across(L, right, right);
+    multiply(q, decay, left);
     Base::add_across(A, left, right);
+  }
+  KL_DEVICE static void multiply(const uint32_t (&x)[4], const uint32_t (&y)[4], uint32_t (&to)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[i] = multiply_bf16x2(x[i], y[i]);
   }
 
   // 16 channels in which half a chunk may decay by more than an f32 can hold.
-  KL_DEVICE void steep_step(int slot, uint32_t pair, int step, int rows, float (&sum)[8], const float (&k)[8],
-                            const float (&q)[8], const float (&k_scale)[2], const float (&q_scale)[2],
-                            float (&L)[2][4], float (&A)[2][4], uint32_t (&read_k)[4], uint32_t (&read_q)[4],
+  KL_DEVICE void steep_step(int slot, uint32_t pair, int step, int rows, float (&sum)[8],
+                            const uint32_t (&k)[4], const uint32_t (&q)[4], float (&L)[2][4],
+                            float (&A)[2][4], uint32_t (&read_k)[4], uint32_t (&read_q)[4],
                             uint32_t (&keep)[4]) const {
     const auto d = Base::whole_decays(sum);
     float near[8];
     if (Base::from_quarters(sum, -kLeastDecay, near))
       add_quarters(sum, near, k, q, L, A);
     else
-      add_pairs(pair, step, rows, sum, k_scale, q_scale, L, A);
-    float from_start_k[8], from_start_q[8], to_end[8];
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      from_start_k[e] = -k[e] * d.from_start[e], from_start_q[e] = q[e] * d.from_start[e];
-      to_end[e] = k[e] * d.to_end[e];
-    }
+      add_pairs(pair, step, rows, sum, L, A);
     if (g == 7) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         store_decays(slot, step, half, {1, 1}, {-d.chunk[2 * half], -d.chunk[2 * half + 1]});
     }
-    pack(from_start_k, read_k), pack(from_start_q, read_q), pack(to_end, keep);
+    uint32_t decay[4];
+    pack(d.from_start, decay);
+    multiply(k, decay, read_k), multiply(q, decay, read_q);
+    pack(d.to_end, decay);
+    multiply(k, decay, keep);
   }
 
   // kFull: all 16 tokens are there.
@@ -261,19 +252,18 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     RawElement raw_beta;
     if (lane % 16 < rows) raw_beta = load_raw(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
-    float k_scale[2] = {1, 1}, q_scale[2] = {1, 1};
-    if (p.l2norm) inverse_lengths(pair, k_scale, q_scale);
-    q_scale[0] *= p.scale, q_scale[1] *= p.scale;
-    if (!kFull && g >= rows) k_scale[0] = q_scale[0] = 0;  // their own may be a NaN
-    if (!kFull && g + 8 >= rows) k_scale[1] = q_scale[1] = 0;
     const GateForm form = gate_form(p.gate, head);
     // A step's biases are read before its decays take their place.
     const float* bias = p.bias_in_ring ? ring.decay(slot)
                         : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
+    // The same for all; without the gate's own rounding.
+    const bool may_be_steep = kKind != KdaGateKind::bounded ||
+                              p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) < kLeastDecay;
 
-    float L[2][4] = {}, A[2][4] = {};  // -L without beta; A. [token j / 8][fragment]
+    float L[2][4] = {}, A[2][4] = {};                  // raw; [token j / 8][fragment]
+    float k_squares[2][4] = {}, q_squares[2][4] = {};  // k k^T and q q^T inside the halves
     bool any_steep = false;
     RawGate raw{};
     load_gate(slot, bias, 0, raw);
@@ -286,71 +276,92 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
         load_gate(slot, bias, min(step + 1, D / 16 - 1), raw);
         Base::sum_gates(x, sum);
       }
-      uint32_t k_raw[4], q_raw[4];
-      ldmatrix_x4(k_raw, Base::template block<kPairPanels>(pair, step));
-      ldmatrix_x4(q_raw, Base::template block<kPairPanels>(pair + kPanelBytes, step));
-      if (!kFull) {
+      uint32_t k[4], q[4];
+      {
+        uint32_t by_tokens[4];
+        const auto load = [&](uint32_t from, uint32_t(&x)[4], float(&squares)[2][4]) {
+          ldmatrix_x4(x, Base::template block<kPairPanels>(from, step));
+          ldmatrix_x4(by_tokens, Base::template block_by_tokens<kPairPanels>(from, step));
+          if (!kFull) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (g + i % 2 * 8 >= rows) k_raw[i] = q_raw[i] = 0;
-      }
-      float k[8], q[8];  // normalised; q also scaled
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {  // register i: tokens i % 2, channels i / 2
-        const int e = 4 * (i / 2) + 2 * (i % 2);
-        k[e] = k_scale[i % 2] * low_half(k_raw[i]), k[e + 1] = k_scale[i % 2] * high_half(k_raw[i]);
-        q[e] = q_scale[i % 2] * low_half(q_raw[i]), q[e + 1] = q_scale[i % 2] * high_half(q_raw[i]);
+            for (int i = 0; i < 4; ++i) {
+              if (g + i % 2 * 8 >= rows) x[i] = 0;
+              if (g + i / 2 * 8 >= rows) by_tokens[i] = 0;
+            }
+          }
+          mma_bf16(squares[0], x, by_tokens[0], by_tokens[1]);
+          mma_bf16(squares[1], x, by_tokens[2], by_tokens[3]);
+        };
+        load(pair, k, k_squares);
+        load(pair + kPanelBytes, q, q_squares);
       }
 
-      const bool steep = Base::steep_half(sum, kLeastDecay);
       uint32_t read_k[4], read_q[4], keep[4];
-      if (!steep) {
+      if (!may_be_steep || !Base::steep_half(sum, kLeastDecay)) {
         float from[8], to[8];  // the middle
 #pragma unroll
         for (int e = 0; e < 8; ++e) from[e] = exp2_approx(sum[e]), to[e] = exp2_approx(-sum[e]);
+        uint32_t from2[4], to2[4];
+        pack(from, from2), pack(to, to2);
         if (g == 7) {  // rows 7 and 15 have the sums of the halves
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int e = 4 * half;
             store_decays(slot, step, half, {from[e], from[e + 1]}, {from[e + 2], from[e + 3]});
-            from[e] = from[e + 1] = to[e] = to[e + 1] = 1;  // token 7
+            from2[2 * half] = to2[2 * half] = kOnes;  // token 7
           }
         }
-        float x[8];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] = k[e] * to[e];
-        pack(x, keep);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] = -k[e] * from[e];
-        pack(x, read_k);
+        multiply(k, to2, keep);
+        multiply(k, from2, read_k);
         mma_bf16(L[0], read_k, keep[0], keep[2]);
         mma_bf16(L[1], read_k, keep[1], keep[3]);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) x[e] = q[e] * from[e];
-        pack(x, read_q);
+        multiply(q, from2, read_q);
         mma_bf16(A[0], read_q, keep[0], keep[2]);
         mma_bf16(A[1], read_q, keep[1], keep[3]);
       } else {
         any_steep = true;
-        steep_step(slot, pair, step, rows, sum, k, q, k_scale, q_scale, L, A, read_k, read_q, keep);
+        steep_step(slot, pair, step, rows, sum, k, q, L, A, read_k, read_q, keep);
       }
       __syncwarp();  // the block has been read by every lane
       stmatrix_x4(Base::template block<kPairPanels>(pair, step), read_k);
       stmatrix_x4(Base::template block<kPairPanels>(pair + kPanelBytes, step), read_q);
-      stmatrix_x4(Base::template block<kPanelBytes>(write, step), keep);
+      const uint32_t by_tokens[4] = {keep[0], keep[2], keep[1], keep[3]};
+      stmatrix_x4(Base::template block_by_tokens<kPanelBytes>(write, step), by_tokens);
     }
     if (any_steep && lane == 0) ring.info(slot).flags |= kSteep;
+    float nk[2], k_length[2], nq[2], q_length[2];
+    lengths(k_squares, nk, k_length);
+    lengths(q_squares, nq, q_length);
+    if (!kFull) {  // a factor of a row that is not there may be inf
+      if (g >= rows) nk[0] = nq[0] = k_length[0] = 0;
+      if (g + 8 >= rows) nk[1] = nq[1] = k_length[1] = 0;
+    }
+    if (t < 2) {
+      const float of_k = t == 0 ? nk[0] : nk[1];
+      float* scale = ring.scale(slot) + g + 8 * t;
+      scale[0] = t == 0 ? -k_length[0] : -k_length[1];
+      scale[kChunkTokens] = -of_k * of_k;
+      scale[2 * kChunkTokens] = p.scale * (t == 0 ? nq[0] : nq[1]);
+    }
     const float beta = lane % 16 < rows ? write_strength(p.beta_kind, value_of(p.beta, raw_beta)) : 0.f;
-    uint32_t high[4], low[4];  // T^T
-    const float beta_i[2] = {__shfl_sync(0xffffffffu, beta, g), __shfl_sync(0xffffffffu, beta, g + 8)};
+    uint32_t high[4], low[4];  // T'^T
+    // Of token lane % 16.
+    const auto own = [&](const float(&x)[2]) {
+      const float a = __shfl_sync(0xffffffffu, x[0], lane % 8 * 4),
+                  b = __shfl_sync(0xffffffffu, x[1], lane % 8 * 4);
+      return lane % 16 < 8 ? a : b;
+    };
+    const float own_nk = own(nk), own_length = own(k_length);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)  // of tokens i
+    for (int half = 0; half < 2; ++half) {  // of tokens i
+      const float factor = __shfl_sync(0xffffffffu, beta, g + 8 * half) * nk[half] * nk[half];
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
         *reinterpret_cast<float2*>(scratch + (g + 8 * half) * Base::kInverseRow + 2 * t + 8 * tile) = {
-            -beta_i[half] * L[tile][2 * half], -beta_i[half] * L[tile][2 * half + 1]};
+            factor * L[tile][2 * half], factor * L[tile][2 * half + 1]};
+    }
     __syncwarp();  // L is there
-    Base::invert(scratch, scratch, lane % 16, beta, high, low);
+    Base::invert(scratch, scratch, lane % 16, own_nk, beta * own_length, high, low);
 
     Base::keep_lower(A);
     float z[2][4] = {};
