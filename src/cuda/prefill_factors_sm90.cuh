@@ -26,9 +26,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kDroppedBits = 1 + 0.721f * 0x1p-11f;
 constexpr float kMinLogDecay = -384.f;  // a step; 2^-384 is 0 in f32, and so is its product with anything
 
-KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
-KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
-
 // Decays of 16 channels: of the lane's elements from and to the middle of the chunk, and of channels 2t, 2t +
 // 1, 2t + 8 and 2t + 9 those of the halves, 2^Gm and 2^(Gend - Gm), and of the chunk.
 struct MiddleDecays {

@@ -2,6 +2,8 @@
 // warpgroup has 64 value channels of the head's state; what it does with a chunk is prefill_scan_sm90.cuh's.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/prefill_join_sm90.cuh"
 #include "cuda/prefill_scan_sm90.cuh"
 #include "cuda/reduce.cuh"
@@ -69,6 +71,7 @@ class Consumer {
       for (;;) {
         const int flags = scan.template chunk<true>(turn.slot, out, S);
         out += out_step;
+        if (kProbes && ring.info(turn.slot).chunk + 1 == probed) meet(ring.info(turn.slot));
         if (flags & (kLastChunk | kCheckpointAfter)) {
           if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
           if (flags & kLastChunk) break;
@@ -86,14 +89,14 @@ class Consumer {
     const ChunkInfo& first = ring.info(turn.slot);
     const int serial = first.serial;
     const int end = probe ? min(kProbeChunks, first.chunks) : first.chunks;
-    bf16* out = static_cast<bf16*>(p.queries) + ((first.token + lane() / 2) * p.heads + first.head) * D +
-                16 * warp + 8 * (lane() % 2);
+    bf16* out = static_cast<bf16*>(p.queries) + ((first.token + lane() / 4) * p.heads + first.head) * D +
+                query_at(16 * warp + 2 * static_cast<int>(lane() % 4));
     const int64_t out_step = static_cast<int64_t>(kChunkTokens) * p.heads * D;
     float S[D / 2];
     load_transition(first, S);
     int closed;
     for (int done = first.chunk + 1;; ++done) {
-      scan.template chunk<false>(turn.slot, out, S);
+      scan.template chunk<false>(turn.slot, out, S, out_step / 2);
       out += out_step;
       const bool last = done == end;
       closed = (probe || last || done % 4 == 0) && negligible(S) ? done : 0;
@@ -122,17 +125,22 @@ class Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) f(16 * warp + g + 8 * half, 8 * c + 2 * t, S + 4 * c + 2 * half);
   }
-  // The same for the state after the chunk: f(value channel, key channel, its two elements).
+  // The same for the state after the chunk: f(value channel, key channel, its two elements), or f(element,
+  // ...).
   template <class F>
   KL_DEVICE void for_each_pair_after(float* S, F&& f) const {
     const float* after = ring.after(turn.slot);
-    for_each_pair(S, [&](int v, int k, const float* x) {
+    for_each_pair(S, [&](int v, int k, float* x) {
       float2 d{1, 1};
       if constexpr (R::kMiddle) {
         d = *reinterpret_cast<const float2*>(after + k);
         d = {decay_after(d.x), decay_after(d.y)};
       }
-      f(v, k, float2{x[0] * d.x, x[1] * d.y});
+      const float2 y{x[0] * d.x, x[1] * d.y};
+      if constexpr (std::is_invocable_v<F, float*, float2>)
+        f(x, y);
+      else
+        f(v, k, y);
     });
   }
   KL_DEVICE int item(const ChunkInfo& info) const { return info.segment * p.heads + info.head; }
@@ -142,16 +150,19 @@ class Consumer {
       *reinterpret_cast<float2*>(to + matrix_at<D, kColumns>(v, k)) = x;
     });
   }
+  KL_DEVICE void load_matrix(const float* matrices, int number, float* S) const {
+    const float* from = matrices + static_cast<int64_t>(number) * D * D;
+    for_each_pair(S, [&](int v, int k, float* x) {
+      const float2 two = *reinterpret_cast<const float2*>(from + matrix_at<D, kColumns>(v, k));
+      x[0] = two.x, x[1] = two.y;
+    });
+  }
   KL_DEVICE void load_transition(const ChunkInfo& info, float* S) const {
     if (info.chunk == 0) {
       for_each_pair(S, [&](int v, int k, float* x) { x[0] = v == k, x[1] = v == k + 1; });
       return;
     }
-    const float* from = p.transition + static_cast<int64_t>(item(info)) * D * D;
-    for_each_pair(S, [&](int v, int k, float* x) {
-      const float2 two = *reinterpret_cast<const float2*>(from + matrix_at<D, kColumns>(v, k));
-      x[0] = two.x, x[1] = two.y;
-    });
+    load_matrix(p.transition, item(info), S);
   }
   KL_DEVICE void load_state(const ChunkInfo& info, float* S) const {
     const int slot = info.segment_index == 0 && p.slot != nullptr ? p.slot[info.sequence] : -1;
@@ -234,54 +245,95 @@ class Consumer {
     while (lane() == 0 && (x = load_acquire(ready(number))) < least) __nanosleep(20);
     return __shfl_sync(0xffffffffu, x, 0);
   }
+  KL_DEVICE int* met(int number) const { return p.met + number * kConsumerWarps + warp; }
+  // The tokens up to this chunk's end are all that have a qt; qt and their own outputs are there.
+  KL_DEVICE void meet(const ChunkInfo& info) const {
+    __syncwarp();
+    if (lane() == 0) add_release(met(item(info)), info.chunk * kChunkTokens + info.rows);
+  }
+
   KL_DEVICE void end_value(const ChunkInfo& info, int probed, float* S) const {
     if (info.segment_count == 1) return store_final(info, S);
-    const int own = item(info);
+    const int own = item(info), behind = own + p.heads;
     const bool is_state = info.segment_index == 0 || probed > 0;
-    const bool final = kProbes && is_state && info.segment_index + 1 == info.segment_count;
-    if (final) {
+    const bool last = info.segment_index + 1 == info.segment_count;
+    int tokens = 0,
+        tokens_behind = 0;  // that the state before, after has a share in; and their outputs are there
+    if (kProbes) {
+      int words = 0;
+      if (lane() == 0 && probed > 0) words = load_acquire(met(own));
+      if (lane() == 1 && is_state && !last) words = load_acquire(met(behind));
+      tokens = __shfl_sync(0xffffffffu, words, 0) - kStateFirst;  // negative: the item before adds it
+      tokens_behind = __shfl_sync(0xffffffffu, words, 1);
+    }
+    if (kProbes && is_state && last) {
       // The first segment has read what may be overwritten.
       wait_for(own - info.segment_index * p.heads, kStarted);
       store_final(info, S);
-    } else {
+    } else if (tokens_behind == 0) {
       store_matrix(p.carried, own, S);
-      tell(own, is_state ? kState : kPart);
+      if (kProbes && is_state) {
+        __syncwarp();
+        if (lane() == 0) tokens_behind = compare_and_swap(met(behind), 0, kStateFirst);
+        tokens_behind = __shfl_sync(0xffffffffu, tokens_behind, 0);
+      }
     }
-    if (kProbes && probed > 0) add_incoming(info, probed);
-    if (final) tell(own, kState);  // for no value item: it can wait
+    if (tokens_behind > 0) {
+      for_each_pair_after(S, [&](float* x, float2 after) { x[0] = after.x, x[1] = after.y; });
+      add_share(info.head, info.token + info.rows, tokens_behind, S);
+    }
+    if (tokens > 0) {
+      load_matrix(p.carried, own - p.heads, S);
+      add_share(info.head, info.token - info.chunk * kChunkTokens, tokens, S);
+    }
+    tell(own, is_state ? kState : kPart);
   }
 
-  // Adds the part that the state before the segment has in the outputs, where the state is known already; for
-  // the warp's value channels.
-  KL_DEVICE void add_incoming(const ChunkInfo& info, int probed) const {
-    const int before = item(info) - p.heads;
-    const int64_t first = info.token - info.chunk * kChunkTokens;
-    const int64_t end = min(first + probed * kChunkTokens, info.token + info.rows);
-    StatePart<D, 1> part;
-    part.load(p, info.head, first, end, 16 * warp);
-    if (wait_for(before, kPart) != kState) return;
+  // out += qt · S for these tokens and the warp's value channels.
+  KL_DEVICE void add_share(int head, int64_t first, int tokens, const float* S) const {
+    uint32_t state[2][D / 8];  // right operands: [value channel / 8]
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+        state[tile][c] = pack_bf16(S[4 * c + 2 * tile], S[4 * c + 2 * tile + 1]);
     const int at = static_cast<int>(lane()), g = at / 4, t = at % 4;
-    uint32_t state[2][D / 32][4];
-    const float* from = p.carried + static_cast<int64_t>(before) * D * D +
-                        matrix_at<D, kColumns>(16 * warp + g / 2 * 4 + g % 2, 8 * t);
+#pragma unroll 1
+    for (int chunk = 0; chunk < tokens; chunk += kChunkTokens) {
+      uint4 q[2][D / 32];
+      uint32_t* out[2];
+      uint32_t old[2][2];
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = first + chunk + g + 8 * half;
+        const bool valid = chunk + g + 8 * half < tokens;
+        const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
+        out[half] = valid ? reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out.data) +
+                                                        offset_of(p.out, row, head) + 16 * warp + 2 * t)
+                          : nullptr;
 #pragma unroll
-      for (int step = 0; step < D / 32; ++step) {
-        const float* eight = from + matrix_at<D, kColumns>(2 * tile, 32 * step);
-        const float4 a = load4(eight), b = load4(eight + 4);
-        uint32_t(&s)[4] = state[tile][step];
-        s[0] = pack_bf16(a.x, a.y), s[1] = pack_bf16(a.z, a.w);
-        s[2] = pack_bf16(b.x, b.y), s[3] = pack_bf16(b.z, b.w);
+        for (int step = 0; step < D / 32; ++step)
+          q[half][step] = valid ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) old[half][tile] = valid ? out[half][4 * tile] : 0;
       }
-    for (int64_t token = first;;) {
-      part.add([&](int, int step, uint32_t(&x)[2][4]) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[0][i] = state[0][step][i], x[1][i] = state[1][step][i];
-      });
-      token += kChunkTokens;
-      if (token >= end) return;
-      part.load(p, info.head, token, end, 16 * warp);
+      for (int tile = 0; tile < 2; ++tile) {
+        float d[4] = {};
+#pragma unroll
+        for (int step = 0; step < D / 32; ++step) {
+          const uint4 a = q[0][step], b = q[1][step];
+          const uint32_t* s = state[tile] + 4 * step;
+          mma_bf16(d, {a.x, b.x, a.y, b.y}, s[0], s[1]);
+          mma_bf16(d, {a.z, b.z, a.w, b.w}, s[2], s[3]);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          if (out[half] != nullptr) {
+            const uint32_t x = old[half][tile];
+            out[half][4 * tile] = pack_bf16(low_half(x) + d[2 * half], high_half(x) + d[2 * half + 1]);
+          }
+      }
     }
   }
 };

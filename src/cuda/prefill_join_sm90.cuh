@@ -7,19 +7,21 @@
 
 namespace kl::cuda {
 
-// out += qt · S for tokens `token` to `token` + 15 that lie before `end`, by one warp, for kRuns · 16 value
-// channels from `channel` on: first what comes from memory, then the rest.
-template <int D, int kRuns>
+// out += qt · S for tokens `token` to `token` + 15 that lie before `end`, by one warp, for a head's
+// value channels: first what comes from memory, then the rest.
+template <int D>
 class StatePart {
+  static constexpr int kRuns = D / 16;
+
  public:
-  KL_DEVICE void load(const PrefillParams& p, int head, int64_t token, int64_t end, int channel) {
+  KL_DEVICE void load(const PrefillParams& p, int head, int64_t token, int64_t end) {
     const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t row = token + g + 8 * half;
       valid[half] = row < end;
       const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
-      out[half] = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + channel + 4 * t;
+      out[half] = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + 4 * t;
 #pragma unroll
       for (int step = 0; step < D / 32; ++step)
         q[half][step] = valid[half] ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
@@ -28,9 +30,9 @@ class StatePart {
         if (valid[half]) old[half][run] = *reinterpret_cast<const uint2*>(out[half] + 16 * run);
     }
   }
-  // state(run, step, s) gives S as right operands of 32 key channels: s[tile][i] has channels 8t + 2i and
-  // 8t + 2i + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. So a lane reads 16 bytes
-  // of a qt at a time, and has 8 neighbouring bytes of an output.
+  // state(run, step, s) gives S as right operands of 32 key channels: s[tile][i] has channels 8i + 2t and
+  // 8i + 2t + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. A lane reads 16 bytes of a
+  // qt at a time (query_at()), and has 8 neighbouring bytes of an output.
   template <class State>
   KL_DEVICE void add(State&& state) const {
 #pragma unroll
@@ -77,7 +79,7 @@ class Joiner {
   struct Memory {
     union {
       float matrices[2][D / kColumns * kBlock];  // as in the workspace, blocks kBlock apart
-      uint16_t applied[D * kStateRow];           // a state in bf16, in the order of add_state()
+      uint16_t applied[D * kStateRow];           // a state in bf16, its rows in the order of StatePart::add()
     };
     float slab[kWideSlab][D + 4];
     int progress[kMostSegments];
@@ -255,19 +257,16 @@ class Joiner {
     for (int i = 0; i < D * D / 4 / kThreads; ++i) {
       const int four = 4 * (i * kThreads + thread), v = four % (kColumns * D) / kColumns,
                 k = four / (kColumns * D) * kColumns + four % kColumns;
-      const float4 x = load4(before + four);
-      uint16_t* to = m.applied + (v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2) * kStateRow +
-                     k / 32 * 32 + k % 8 / 4 * 16 + k % 32 / 8 * 2;
-      *reinterpret_cast<uint32_t*>(to) = pack_bf16(x.x, x.y);
-      *reinterpret_cast<uint32_t*>(to + 8) = pack_bf16(x.z, x.w);
+      const int row = v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2;
+      *reinterpret_cast<uint2*>(m.applied + row * kStateRow + k) = pack_bf16x4(load4(before + four));
     }
     sync();  // the state is there
     const int lane = thread % 32;
     const uint32_t rows =
         smem_address(m.applied + (lane % 8 + lane / 16 * 8) * kStateRow) + lane / 8 % 2 * 16;
     for (int64_t token = begin + thread / 32 * 16; token < end; token += kThreads / 2) {
-      StatePart<D, D / 16> part;
-      part.load(p, head, token, end, 0);
+      StatePart<D> part;
+      part.load(p, head, token, end);
       part.add([&](int run, int step, uint32_t(&x)[2][4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

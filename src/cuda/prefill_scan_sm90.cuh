@@ -33,9 +33,11 @@ class Scan {
 
   // The chunk in slot `at`; returns its flags. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
   // lane's 8 value channels of token lane / 2 belong. Transitions are run with the columns of the identity
-  // for value channels, and v = 0. A branch costs more here than what it would save.
+  // for value channels, and v = 0; their outputs stand as query_at() says, `out` is where that of the first
+  // channel of lane % 4 and token lane / 4 belongs, and eight_tokens further that of 8 tokens later. A branch
+  // costs more here than what it would save.
   template <bool kValue>
-  KL_DEVICE int chunk(int at, bf16* out, float* S) const {
+  KL_DEVICE int chunk(int at, bf16* out, float* S, int64_t eight_tokens = 0) const {
     // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
     const uint32_t lane = opaque(threadIdx.x) % 32, t = lane % 4;
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
@@ -57,7 +59,7 @@ class Scan {
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         const int e = 4 * (m % 2) + 2 * (m / 2);
-        RO[e] = __uint_as_float(v[m] << 16), RO[e + 1] = __uint_as_float(v[m] & 0xffff0000u);
+        RO[e] = low_half(v[m]), RO[e + 1] = high_half(v[m]);
       }
       if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + 2 * t).multiply(RO);
     }
@@ -111,10 +113,26 @@ class Scan {
     const uint32_t stage = ring.base() + R::kStage + warp * 512;
     stmatrix_x4_trans(stage + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16, o);
     __syncwarp();
-    const uint4 eight = *reinterpret_cast<const uint4*>(ring.memory + R::kStage + warp * 512 + lane * 16);
-    wgmma_wait<0>();
-    wgmma_pin<D / 2>(S);
-    if (static_cast<int>(lane / 2) < rows) *reinterpret_cast<uint4*>(out) = eight;
+    const char* staged = ring.memory + R::kStage + warp * 512;
+    if constexpr (kValue) {
+      const uint4 eight = *reinterpret_cast<const uint4*>(staged + lane * 16);
+      wgmma_wait<0>();
+      wgmma_pin<D / 2>(S);
+      if (static_cast<int>(lane / 2) < rows) *reinterpret_cast<uint4*>(out) = eight;
+    } else {
+      uint2 four[2];  // of tokens lane / 4 and 8 more
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto* token = reinterpret_cast<const uint32_t*>(staged + (lane / 4 + 8 * half) * 32);
+        four[half] = {token[t], token[4 + t]};
+      }
+      wgmma_wait<0>();
+      wgmma_pin<D / 2>(S);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (static_cast<int>(lane / 4) + 8 * half < rows)
+          *reinterpret_cast<uint2*>(out + half * eight_tokens) = four[half];
+    }
     __syncwarp();
     return flags;
   }

@@ -12,9 +12,10 @@
 // would still contribute is under the rounding of f32, whatever the gates, keys and strengths: M is closed.
 //
 // Where gates are expected to close M soon (PrefillParams::probes), a value item first runs its segment's
-// transition over its own first chunks. If that closes M, the state after the segment is C, and the segment
-// behind it takes C and adds its share to its outputs by itself. Elsewhere transitions are items beside the
-// values. Whatever is left when both are done is joined: states first, then outputs (prefill_join_sm90.cuh).
+// transition over its own first chunks. If that closes M, the state after the segment is C, and its share in
+// the outputs of the segment behind is added by whichever of the two items is there last
+// (PrefillParams::met). Elsewhere transitions are items beside the values. Whatever is left when both are
+// done is joined: states first, then outputs (prefill_join_sm90.cuh).
 #pragma once
 
 #include "base/tensor.h"
@@ -56,18 +57,29 @@ struct PrefillParams {
   // [segments, heads] chunks with qt written, negated once M is closed; 0: not known yet. Of a probe that
   // left M open it is the probe's, until somebody has followed M to its end.
   int* progress;
-  int* ready;    // [segments, heads, kConsumerWarps] Ready of a value item's rows
+  int* ready;  // [segments, heads, kConsumerWarps] Ready of a value item's rows
+  // [segments, heads, kConsumerWarps] How a value item whose M is closed and the one before it meet: it adds
+  // the number of its tokens that have a qt, when their own outputs are there; the one before sets a 0 to
+  // kStateFirst when its state is in `carried`, and finding a number it adds the state's share to these
+  // tokens itself, which mostly it does, and has nothing to store.
+  int* met;
   int* chained;  // [sequences, heads] value channels whose states are all known
   // Matrices stand as matrix_at() says.
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
-  void* queries;      // [T, heads, D] bf16, qt
+  void* queries;      // [T, heads, D] bf16, qt; where channels stand: query_at()
 };
 
 // How far a warp's rows of a value item are: the state that they start from has been read (told of a
 // sequence's first segment, where others wait for it); they are in `carried`, and are they the state after
 // the segment or only C?
 enum Ready : int { kNotReady, kStarted, kPart, kState };
+
+constexpr int kStateFirst = 0x10000;
+
+// Where channel k of a qt stands: as fours of lanes need it that hold right operands of mma.sync, whose lane
+// t has channels 2t and 2t + 1 of every 8.
+KL_DEVICE int query_at(int k) { return k / 32 * 32 + k % 8 / 2 * 8 + k % 32 / 8 * 2 + k % 2; }
 
 // Where element (row, k) of a matrix in the workspace stands: columns are in blocks of kColumns.
 template <int D, int kColumns>
@@ -80,7 +92,7 @@ constexpr int matrix_columns(int D, bool probes) { return probes ? 8 : D; }
 
 // What the workspace holds, in bytes from its start.
 struct PrefillWorkspace {
-  int64_t progress, ready, chained, carried, transition, queries, total;
+  int64_t progress, ready, met, chained, carried, transition, queries, total;
 };
 inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks) {
   return N + (T / kChunkTokens + N) / segment_chunks;
@@ -91,7 +103,8 @@ inline PrefillWorkspace prefill_workspace(int64_t T, int64_t N, int64_t heads, i
   w.progress = w.carried = w.total = aligned(sizeof(PrefillCounters));
   if (segments == 0) return w;  // no split
   w.ready = w.progress + aligned(4 * segments * heads);
-  w.chained = w.ready + 4 * segments * heads * kConsumerWarps;
+  w.met = w.ready + 4 * segments * heads * kConsumerWarps;
+  w.chained = w.met + 4 * segments * heads * kConsumerWarps;
   w.carried = aligned(w.chained + 4 * N * heads);
   w.transition = w.carried + 4 * segments * heads * D * D;
   w.queries = w.transition + 4 * segments * heads * D * D;

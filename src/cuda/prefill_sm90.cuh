@@ -194,6 +194,7 @@ inline PrefillParams prefill_params(const PrefillTensors& a, const PrefillPlan& 
           .counters = reinterpret_cast<PrefillCounters*>(memory),
           .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
           .ready = reinterpret_cast<int*>(part(plan.workspace.ready)),
+          .met = reinterpret_cast<int*>(part(plan.workspace.met)),
           .chained = reinterpret_cast<int*>(part(plan.workspace.chained)),
           .carried = reinterpret_cast<float*>(part(plan.workspace.carried)),
           .transition = reinterpret_cast<float*>(part(plan.workspace.transition)),

@@ -43,17 +43,13 @@ KL_DEVICE float tanh_approx(float x) {  // relative error to 2^-11
 // ---- Packed bf16 ------------------------------------------------------------------------------------------
 
 // {low, high} rounded to nearest even; `low` lands in the lower half.
-// Both halves: products of bf16 in bf16.
-KL_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-  uint32_t x;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-  return x;
-}
 KL_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
 }
+KL_DEVICE float low_half(uint32_t x) { return __uint_as_float(x << 16); }
+KL_DEVICE float high_half(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
 // ---- Addresses and identity -------------------------------------------------------------------------------
 
@@ -166,6 +162,13 @@ KL_DEVICE void follow_previous_kernel() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 // ==== sm_90 and up =========================================================================================
 
+// Products of two pairs of bf16, in bf16.
+KL_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t x;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+  return x;
+}
+
 KL_DEVICE void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 KL_DEVICE void release_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
@@ -188,6 +191,16 @@ KL_DEVICE void store_release(int* p, int x) {
 }
 KL_DEVICE void add_release(int* p, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
+
+// Sets *p to x if it is `expected`; returns what it was. Both a release and an acquire.
+KL_DEVICE int compare_and_swap(int* p, int expected, int x) {
+  int old;
+  asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(old)
+               : "l"(p), "r"(expected), "r"(x)
+               : "memory");
+  return old;
 }
 
 // ---- mbarrier: arrivals and bytes -------------------------------------------------------------------------
