@@ -67,11 +67,12 @@ class Consumer {
     float S[D / 2];
     load_state(first, S);
     if (kProbes && first.segment_index == 0 && first.segment_count > 1) tell(item(first), kStarted);
+    int to_meet = probed;
     if (first.rows > 0) {  // not an empty sequence
       for (;;) {
         const int flags = scan.template chunk<true>(turn.slot, out, S);
         out += out_step;
-        if (kProbes && ring.info(turn.slot).chunk + 1 == probed) meet(ring.info(turn.slot));
+        if (kProbes && --to_meet == 0) meet(ring.info(turn.slot));
         if (flags & (kLastChunk | kCheckpointAfter)) {
           if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
           if (flags & kLastChunk) break;
@@ -198,10 +199,19 @@ class Consumer {
 
   KL_DEVICE bool negligible(float* S) {
     float sums[4] = {};  // one would be a chain of D / 2 dependent instructions
-    for_each_pair_after(S, [&](int, int k, float2 x) {
+    const auto add = [&](int k, float2 x) {
       float* two = sums + k / 8 % 2 * 2;
       two[0] = fmaf(x.x, x.x, two[0]), two[1] = fmaf(x.y, x.y, two[1]);
-    });
+    };
+    if (R::kMiddle && (ring.info(turn.slot).flags & kSteep) == 0) {
+      const float* after = ring.after(turn.slot);
+      for_each_pair(S, [&](int, int k, const float* x) {
+        const float2 d = *reinterpret_cast<const float2*>(after + k);
+        add(k, {x[0] * d.x, x[1] * d.y});
+      });
+    } else {
+      for_each_pair_after(S, [&](int, int k, float2 x) { add(k, x); });
+    }
     const float sum = warp_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     float* parts = reinterpret_cast<float*>(ring.memory + R::kNorms) + norms * kConsumerWarps;
     norms ^= 1;  // the next one does not have to wait until everybody has read this one
@@ -297,43 +307,56 @@ class Consumer {
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile)
         state[tile][c] = pack_bf16(S[4 * c + 2 * tile], S[4 * c + 2 * tile + 1]);
-    const int at = static_cast<int>(lane()), g = at / 4, t = at % 4;
 #pragma unroll 1
-    for (int chunk = 0; chunk < tokens; chunk += kChunkTokens) {
-      uint4 q[2][D / 32];
-      uint32_t* out[2];
-      uint32_t old[2][2];
+    for (int done = 0; done < tokens; done += 2 * kChunkTokens) {  // two chunks' loads at a time
+      ShareTokens chunks[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row = first + chunk + g + 8 * half;
-        const bool valid = chunk + g + 8 * half < tokens;
-        const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
-        out[half] = valid ? reinterpret_cast<uint32_t*>(static_cast<bf16*>(p.out.data) +
-                                                        offset_of(p.out, row, head) + 16 * warp + 2 * t)
-                          : nullptr;
+      for (int i = 0; i < 2; ++i)
+        load_share(head, first + done + i * kChunkTokens, tokens - done - i * kChunkTokens, chunks[i]);
 #pragma unroll
-        for (int step = 0; step < D / 32; ++step)
-          q[half][step] = valid ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
+      for (int i = 0; i < 2; ++i)
+        if (done + i * kChunkTokens < tokens) add_share(state, chunks[i]);
+    }
+  }
+  // The lane's part of 16 tokens: qt, and outputs so far.
+  struct ShareTokens {
+    uint4 q[2][D / 32];
+    uint32_t* out[2];  // null: no such token
+    uint32_t old[2][2];
+  };
+  KL_DEVICE void load_share(int head, int64_t first, int tokens, ShareTokens& x) const {
+    const int at = static_cast<int>(lane()), g = at / 4, t = at % 4;
 #pragma unroll
-        for (int tile = 0; tile < 2; ++tile) old[half][tile] = valid ? out[half][4 * tile] : 0;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = first + g + 8 * half;
+      const bool valid = g + 8 * half < tokens;
+      const bf16* from = static_cast<const bf16*>(p.queries) + (row * p.heads + head) * D + 8 * t;
+      bf16* out = static_cast<bf16*>(p.out.data) + offset_of(p.out, row, head) + 16 * warp + 2 * t;
+      x.out[half] = valid ? reinterpret_cast<uint32_t*>(out) : nullptr;
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step)
+        x.q[half][step] = valid ? *reinterpret_cast<const uint4*>(from + 32 * step) : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) x.old[half][tile] = valid ? x.out[half][4 * tile] : 0;
+    }
+  }
+  KL_DEVICE static void add_share(const uint32_t (&state)[2][D / 8], const ShareTokens& x) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      float d[4] = {};
+#pragma unroll
+      for (int step = 0; step < D / 32; ++step) {
+        const uint4 a = x.q[0][step], b = x.q[1][step];
+        const uint32_t* s = state[tile] + 4 * step;
+        mma_bf16(d, {a.x, b.x, a.y, b.y}, s[0], s[1]);
+        mma_bf16(d, {a.z, b.z, a.w, b.w}, s[2], s[3]);
       }
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        float d[4] = {};
-#pragma unroll
-        for (int step = 0; step < D / 32; ++step) {
-          const uint4 a = q[0][step], b = q[1][step];
-          const uint32_t* s = state[tile] + 4 * step;
-          mma_bf16(d, {a.x, b.x, a.y, b.y}, s[0], s[1]);
-          mma_bf16(d, {a.z, b.z, a.w, b.w}, s[2], s[3]);
+      for (int half = 0; half < 2; ++half)
+        if (x.out[half] != nullptr) {
+          const uint32_t old = x.old[half][tile];
+          x.out[half][4 * tile] = pack_bf16(low_half(old) + d[2 * half], high_half(old) + d[2 * half + 1]);
         }
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (out[half] != nullptr) {
-            const uint32_t x = old[half][tile];
-            out[half][4 * tile] = pack_bf16(low_half(x) + d[2 * half], high_half(x) + d[2 * half + 1]);
-          }
-      }
     }
   }
 };

@@ -23,6 +23,7 @@
 namespace kl::cuda {
 
 constexpr int kProducers = 7;
+constexpr int kHold = 2;  // chunks that a loader sends before it has seen the first one arrive
 constexpr int kBlockThreads = 32 * (kConsumerWarps + kProducers + 1);
 
 // join, none: the end of a block's items, with something left to be joined or not.
@@ -156,7 +157,7 @@ struct Loader {
   const typename Op::Maps& maps;
   R ring;
   Turn<R::kSlots> turn{0};
-  int serial = 0;
+  int serial = 0, sent = 0;
 
   KL_DEVICE Loader(const typename Op::Params& params, const typename Op::Maps& m, R r)
       : p(params), maps(m), ring(r) {}
@@ -171,6 +172,9 @@ struct Loader {
     info.head = uniform(info.head), qk_head = uniform(qk_head);
     // Far ahead of the others: it may sleep, and leave them the issue slots.
     while (!mbarrier_try_wait(ring.free(slot), turn.phase ^ 1)) __nanosleep(200);
+    // The first chunks of all blocks before anybody's others: nobody can start without one.
+    if (sent == kHold) mbarrier_wait(ring.raw(0), 0);
+    ++sent;
     fence_proxy_async();  // others have read the slot; the copy engine writes over it
     if (elected()) {
       ring.info(slot) = info;
