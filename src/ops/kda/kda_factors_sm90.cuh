@@ -110,8 +110,13 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
         scratch(reinterpret_cast<float*>(r.memory + R::kScratch + warp * R::kScratchBytes)) {}
 
   KL_DEVICE void run(int warp) {
-    Base::follow_ring(
-        warp, [&](int slot, const ChunkInfo& info, auto full) { chunk<decltype(full)::value>(slot, info); });
+    Base::follow_ring(warp, [&](int slot, const ChunkInfo& info, auto full) {
+      constexpr bool kFull = decltype(full)::value;
+      if (kFull && kKind == KdaGateKind::bounded && gentle())
+        chunk<kFull, false>(slot, info);
+      else
+        chunk<kFull, true>(slot, info);
+    });
   }
 
  private:
@@ -243,8 +248,14 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     multiply(k, decay, keep);
   }
 
-  // kFull: all 16 tokens are there.
-  template <bool kFull>
+  // Is no channel steep, whatever the raw gates are? With 1.001 for the gate's own rounding.
+  KL_DEVICE bool gentle() const {
+    return p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) >= kLeastDecay;
+  }
+
+  // kFull: all 16 tokens are there. kMayBeSteep: any channel may be; without the branch two steps are worked
+  // on at a time.
+  template <bool kFull, bool kMayBeSteep>
   KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
     const int rows = info.rows, head = info.head;
     const uint32_t pair = ring.slot(slot) + R::kPair, write = ring.slot(slot) + R::kWrite;
@@ -258,16 +269,12 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
                         : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
                             ? p.gate.dt_bias + head * p.gate.dt_stride
                             : nullptr;
-    // The same for all; without the gate's own rounding.
-    const bool may_be_steep = kKind != KdaGateKind::bounded ||
-                              p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) < kLeastDecay;
-
     float L[2][4] = {}, A[2][4] = {};                  // raw; [token j / 8][fragment]
     float k_squares[2][4] = {}, q_squares[2][4] = {};  // k k^T and q q^T inside the halves
     bool any_steep = false;
     RawGate raw{};
     load_gate(slot, bias, 0, raw);
-#pragma unroll 1
+#pragma unroll(kMayBeSteep ? 1 : 2)
     for (int step = 0; step < D / 16; ++step) {
       float sum[8];
       {
@@ -297,7 +304,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
       }
 
       uint32_t read_k[4], read_q[4], keep[4];
-      if (!may_be_steep || !Base::steep_half(sum, kLeastDecay)) {
+      if (!kMayBeSteep || !Base::steep_half(sum, kLeastDecay)) {
         float from[8], to[8];  // the middle
 #pragma unroll
         for (int e = 0; e < 8; ++e) from[e] = exp2_approx(sum[e]), to[e] = exp2_approx(-sum[e]);
