@@ -22,10 +22,12 @@ class Consumer {
 
   // Until the block's items end; true if something is left to be joined.
   KL_DEVICE bool run() {
-    for (wait();;) {
+    for (;;) {
+      mbarrier_wait(ring.raw(turn.slot),
+                    turn.phase);  // what the item is, is known before its first factors are
       const ChunkInfo& info = ring.info(turn.slot);
       const Item item = info.item;
-      if (is_end(item)) return item == Item::join;
+      if (is_end(item)) return wait(), item == Item::join;
       const bool value = item == Item::value;
       int closed = 0;  // chunks after which M was closed; 0: it was not, or nobody looked
       if (!value || (kProbes && info.segment_index > 0)) {
@@ -67,21 +69,28 @@ class Consumer {
     float S[D / 2];
     load_state(first, S);
     if (kProbes && first.segment_index == 0 && first.segment_count > 1) tell(item(first), kStarted);
+    wait();
     int to_meet = probed;
     if (first.rows > 0) {  // not an empty sequence
       for (;;) {
-        const int flags = scan.template chunk<true>(turn.slot, out, S);
-        out += out_step;
-        if (kProbes && --to_meet == 0) meet(ring.info(turn.slot));
-        if (flags & (kLastChunk | kCheckpointAfter)) {
-          if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
-          if (flags & kLastChunk) break;
+        int flags;
+        for (;;) {  // apart, so that nothing else has a say in where this loop keeps the state
+          flags = scan.template chunk<true>(turn.slot, out, S);
+          out += out_step;
+          if (kProbes && --to_meet == 0) meet(ring.info(turn.slot));
+          if (flags & (kLastChunk | kCheckpointAfter)) break;
+          next();
         }
+        if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
+        if (flags & kLastChunk) break;
         next();
       }
     }
-    end_value(ring.info(turn.slot), probed, S);
+    const int own = item(ring.info(turn.slot));
+    const Ready told = end_value(ring.info(turn.slot), probed, S);
     next();
+    // Nobody asks if nothing is left to be joined, and a release waits for all that was stored.
+    if (told != kNotReady && ring.info(turn.slot).item != Item::none) tell(own, told);
   }
 
   // A transition, or the first chunks of a value item's, whose slots it leaves to the values. Returns the
@@ -95,6 +104,7 @@ class Consumer {
     const int64_t out_step = static_cast<int64_t>(kChunkTokens) * p.heads * D;
     float S[D / 2];
     load_transition(first, S);
+    wait();
     int closed;
     for (int done = first.chunk + 1;; ++done) {
       scan.template chunk<false>(turn.slot, out, S, out_step / 2);
@@ -172,19 +182,91 @@ class Consumer {
       for (int i = 0; i < D / 2; ++i) S[i] = 0;
       return;
     }
-    const StatePlace place = state_place(p, slot, info.head);
-    for_each_pair(S, [&](int v, int k, float* x) {
-      x[0] = load_element(place.pool, place.base + k * place.k_stride + v * place.v_stride);
-      x[1] = load_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride);
-    });
+    const PoolFours pool(*this, slot, info.head);
+    const char* from = pool.at;
+    if (p.state.is_bf16) {
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c, from += pool.step) {
+        const uint2 four = *reinterpret_cast<const uint2*>(from);
+        S[4 * c] = __uint_as_float(four.x), S[4 * c + 1] = __uint_as_float(four.y);
+      }
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c) {
+        const uint32_t x = __float_as_uint(S[4 * c]), y = __float_as_uint(S[4 * c + 1]);
+        S[4 * c] = low_half(x), S[4 * c + 1] = high_half(x), S[4 * c + 2] = low_half(y),
+              S[4 * c + 3] = high_half(y);
+      }
+    } else {
+#pragma unroll
+      for (int c = 0; c < D / 8; ++c, from += pool.step) {
+        const float4 four = *reinterpret_cast<const float4*>(from);
+        S[4 * c] = four.x, S[4 * c + 1] = four.y, S[4 * c + 2] = four.z, S[4 * c + 3] = four.w;
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c) {
+      *pool.four = {S[4 * c], S[4 * c + 1], S[4 * c + 2], S[4 * c + 3]};
+      __syncwarp();
+#pragma unroll
+      for (int e = 0; e < 4; ++e) S[4 * c + e] = *pool.element(e);
+      __syncwarp();
+    }
   }
+  // How a warp reads and writes the pool, four neighbours of a row at a time: 8 key channels by its 16 value
+  // channels pass through its corner of shared memory.
+  struct PoolFours {
+    char* at;      // the lane's first four elements in the pool
+    int64_t step;  // bytes to those of the next 8 key channels
+    float4* four;  // where they stand in shared memory
+    float* stage;
+    int first, next_k, next_v;
+
+    KL_DEVICE PoolFours(const Consumer& c, int slot, int head) {
+      const PrefillParams& p = c.p;
+      const int at_lane = static_cast<int>(lane()), g = at_lane / 4, t = at_lane % 4;
+      stage = reinterpret_cast<float*>(c.ring.memory + R::kStage + c.warp * 512);
+      int64_t row, column;
+      if (p.state_v_first) {
+        row = 16 * c.warp + at_lane / 2, column = 4 * (at_lane % 2), step = 8;
+        four = reinterpret_cast<float4*>(stage) + at_lane;
+        first = 8 * g + 2 * t, next_k = 1, next_v = 64;
+      } else {
+        row = at_lane / 4, column = 16 * c.warp + 4 * (at_lane % 4), step = 8 * p.state_row_stride;
+        // Rows of 16 value channels; their fours turn with the key channel, for the banks' sake.
+        four = reinterpret_cast<float4*>(stage) + 4 * g + (t + g / 2) % 4;
+        first = 32 * t + (g / 4 + t) % 4 * 4 + g % 4, next_k = 16;
+        next_v = 32 * t + (g / 4 + 2 + t) % 4 * 4 + g % 4 - first;
+      }
+      const int64_t size = p.state.is_bf16 ? 2 : 4;
+      at = static_cast<char*>(p.state.data) +
+           (offset_of(p.state, slot, head) + row * p.state_row_stride + column) * size;
+      step *= size;
+    }
+    // Where the lane's elements of a state's 8 key channels stand, in the order of S.
+    KL_DEVICE float* element(int e) const { return stage + first + e % 2 * next_k + e / 2 * next_v; }
+  };
   KL_DEVICE void store_pool(int slot, int head, float* S) const {
     if (slot < 0) return;
-    const StatePlace place = state_place(p, slot, head);
-    for_each_pair_after(S, [&](int v, int k, float2 x) {
-      store_element(place.pool, place.base + k * place.k_stride + v * place.v_stride, x.x);
-      store_element(place.pool, place.base + (k + 1) * place.k_stride + v * place.v_stride, x.y);
-    });
+    const PoolFours pool(*this, slot, head);
+    char* to = pool.at;
+    const float* after = ring.after(turn.slot) + 2 * (lane() % 4);
+#pragma unroll
+    for (int c = 0; c < D / 8; ++c, to += pool.step) {
+      float2 d{1, 1};
+      if constexpr (R::kMiddle) {
+        d = *reinterpret_cast<const float2*>(after + 8 * c);
+        d = {decay_after(d.x), decay_after(d.y)};
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) *pool.element(e) = S[4 * c + e] * (e % 2 ? d.y : d.x);
+      __syncwarp();
+      const float4 x = *pool.four;
+      if (p.state.is_bf16)
+        *reinterpret_cast<uint2*>(to) = pack_bf16x4(x);
+      else
+        *reinterpret_cast<float4*>(to) = x;
+      __syncwarp();
+    }
   }
   KL_DEVICE void store_checkpoints(const ChunkInfo& info, float* S) const {
     for (int c = info.checkpoint; c < p.checkpoints && p.checkpoint_row[c] == info.token + info.rows; ++c)
@@ -262,8 +344,12 @@ class Consumer {
     if (lane() == 0) add_release(met(item(info)), info.chunk * kChunkTokens + info.rows);
   }
 
-  KL_DEVICE void end_value(const ChunkInfo& info, int probed, float* S) const {
-    if (info.segment_count == 1) return store_final(info, S);
+  // What there is to be told of the item.
+  KL_DEVICE Ready end_value(const ChunkInfo& info, int probed, float* S) const {
+    if (info.segment_count == 1) {
+      store_final(info, S);
+      return kNotReady;
+    }
     const int own = item(info), behind = own + p.heads;
     const bool is_state = info.segment_index == 0 || probed > 0;
     const bool last = info.segment_index + 1 == info.segment_count;
@@ -296,7 +382,7 @@ class Consumer {
       load_matrix(p.carried, own - p.heads, S);
       add_share(info.head, info.token - info.chunk * kChunkTokens, tokens, S);
     }
-    tell(own, is_state ? kState : kPart);
+    return is_state ? kState : kPart;
   }
 
   // out += qt · S for these tokens and the warp's value channels.

@@ -170,6 +170,12 @@ struct PrefillTensors {
   bool state_v_first = false;
   int64_t qk_heads = 0;
 };
+// Can states be read and written four elements at a time, if there are any?
+inline bool states_in_fours(const Tensor& t) {
+  bool aligned = reinterpret_cast<uintptr_t>(t.data) % (4 * size_of(t.dtype)) == 0;
+  for (int i = 0; i + 1 < t.rank; ++i) aligned = aligned && t.stride[i] % 4 == 0;
+  return aligned;
+}
 inline PrefillParams prefill_params(const PrefillTensors& a, const PrefillPlan& plan) {
   char* const memory = static_cast<char*>(a.workspace.data);
   const auto part = [&](int64_t offset) { return plan.segments > 0 ? memory + offset : nullptr; };

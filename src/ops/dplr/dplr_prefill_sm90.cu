@@ -22,7 +22,7 @@ PrefillPlan make_plan(const DplrArgs& a) {
 
 bool dplr_prefill_sm90_takes(const DplrArgs& a) {
   const int64_t D = a.q.size(2);
-  bool takes = D == a.v.size(2) && (D == 64 || D == 128);
+  bool takes = D == a.v.size(2) && (D == 64 || D == 128) && states_in_fours(a.state);
   for (const Tensor& t : {a.q, a.k, a.a, a.b, a.v, a.g, a.out})
     takes = takes && t.dtype == DType::bf16 && rows_of_16_bytes(t);
   return takes;

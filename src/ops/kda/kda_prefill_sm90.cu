@@ -52,7 +52,7 @@ KdaPrefillParams make_params(const KdaArgs& a, const PrefillPlan& plan) {
 
 bool kda_prefill_sm90_takes(const KdaArgs& a) {
   const int64_t D = a.q.size(2);
-  bool takes = D == a.v.size(2) && (D == 64 || D == 128) && rows_of_16_bytes(a.g);
+  bool takes = D == a.v.size(2) && (D == 64 || D == 128) && rows_of_16_bytes(a.g) && states_in_fours(a.state);
   for (const Tensor& t : {a.q, a.k, a.v, a.out})
     takes = takes && t.dtype == DType::bf16 && rows_of_16_bytes(t);
   return takes;
