@@ -70,6 +70,7 @@ class Consumer {
     load_state(first, S);
     if (kProbes && first.segment_index == 0 && first.segment_count > 1) tell(item(first), kStarted);
     wait();
+    wgmma_pin<D / 2>(S);  // or ptxas moves half of it about in every chunk
     int to_meet = probed;
     if (first.rows > 0) {  // not an empty sequence
       for (;;) {
