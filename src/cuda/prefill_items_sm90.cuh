@@ -111,7 +111,8 @@ class Consumer {
       scan.template chunk<false>(turn.slot, out, S, out_step / 2);
       out += out_step;
       const bool last = done == end;
-      closed = (probe || last || done % 4 == 0) && negligible(S) ? done : 0;
+      // Hardly any gate closes it in one chunk, and looking takes most of a chunk's time.
+      closed = (last || (probe ? done > 1 : done % 4 == 0)) && negligible(S) ? done : 0;
       if (last || closed > 0) break;
       if (probe)
         turn.advance(1), wait();
@@ -274,9 +275,9 @@ class Consumer {
       store_pool(p.checkpoint_slot[c], info.head, S);
   }
   KL_DEVICE void store_final(const ChunkInfo& info, float* S) const {
-    if (p.slot != nullptr)
-      store_pool((p.slot_out != nullptr ? p.slot_out : p.slot)[info.sequence], info.head, S);
+    if (p.slot != nullptr) store_pool(final_slots()[info.sequence], info.head, S);
   }
+  KL_DEVICE const int32_t* final_slots() const { return p.slot_out != nullptr ? p.slot_out : p.slot; }
 
   // ---- Ends of items ----
 
@@ -353,35 +354,42 @@ class Consumer {
     }
     const int own = item(info), behind = own + p.heads;
     const bool is_state = info.segment_index == 0 || probed > 0;
-    const bool last = info.segment_index + 1 == info.segment_count;
-    int tokens = 0,
-        tokens_behind = 0;  // that the state before, after has a share in; and their outputs are there
-    if (kProbes) {
-      int words = 0;
-      if (lane() == 0 && probed > 0) words = load_acquire(met(own));
-      if (lane() == 1 && is_state && !last) words = load_acquire(met(behind));
-      tokens = __shfl_sync(0xffffffffu, words, 0) - kStateFirst;  // negative: the item before adds it
-      tokens_behind = __shfl_sync(0xffffffffu, words, 1);
+    const bool last = info.segment_index + 1 == info.segment_count, final = kProbes && is_state && last;
+    int share[2] = {0, 0};  // tokens behind that the state has a share in, own ones that the one before has
+    int started = 0, slot = -1;
+    if (kProbes) {  // one trip to memory, a word a lane
+      const int at = static_cast<int>(lane());
+      const int* words = nullptr;
+      if (at == 0 && is_state && !last) words = met(behind);
+      if (at == 1 && probed > 0) words = met(own);
+      if (at == 2 && final) words = ready(own - info.segment_index * p.heads);
+      if (at == 3 && final && p.slot != nullptr) words = final_slots() + info.sequence;
+      int word = at == 3 ? -1 : 0;
+      if (words != nullptr) word = load_acquire(words);
+      share[0] = __shfl_sync(0xffffffffu, word, 0);
+      share[1] = __shfl_sync(0xffffffffu, word, 1) - kStateFirst;  // negative: the item before adds it
+      started = __shfl_sync(0xffffffffu, word, 2);
+      slot = __shfl_sync(0xffffffffu, word, 3);
     }
-    if (kProbes && is_state && last) {
+    if (final) {
       // The first segment has read what may be overwritten.
-      wait_for(own - info.segment_index * p.heads, kStarted);
-      store_final(info, S);
-    } else if (tokens_behind == 0) {
+      if (started < kStarted) wait_for(own - info.segment_index * p.heads, kStarted);
+      store_pool(slot, info.head, S);
+    } else if (share[0] == 0) {
       store_matrix(p.carried, own, S);
       if (kProbes && is_state) {
         __syncwarp();
-        if (lane() == 0) tokens_behind = compare_and_swap(met(behind), 0, kStateFirst);
-        tokens_behind = __shfl_sync(0xffffffffu, tokens_behind, 0);
+        if (lane() == 0) share[0] = compare_and_swap(met(behind), 0, kStateFirst);
+        share[0] = __shfl_sync(0xffffffffu, share[0], 0);
       }
     }
-    if (tokens_behind > 0) {
+    if (kProbes && share[0] > 0) {
       for_each_pair_after(S, [&](float* x, float2 after) { x[0] = after.x, x[1] = after.y; });
-      add_share(info.head, info.token + info.rows, tokens_behind, S);
+      add_share(info.head, info.token + info.rows, share[0], S);
     }
-    if (tokens > 0) {
+    if (kProbes && share[1] > 0) {
       load_matrix(p.carried, own - p.heads, S);
-      add_share(info.head, info.token - info.chunk * kChunkTokens, tokens, S);
+      add_share(info.head, info.token - info.chunk * kChunkTokens, share[1], S);
     }
     return is_state ? kState : kPart;
   }
