@@ -100,15 +100,19 @@ class Consumer {
     const ChunkInfo& first = ring.info(turn.slot);
     const int serial = first.serial;
     const int end = probe ? min(kProbeChunks, first.chunks) : first.chunks;
-    bf16* out = static_cast<bf16*>(p.queries) + ((first.token + lane() / 4) * p.heads + first.head) * D +
-                query_at(16 * warp + 2 * static_cast<int>(lane() % 4));
+    const int at = static_cast<int>(lane());
+    bf16* out = static_cast<bf16*>(p.queries) + first.head * D;
+    if constexpr (kProbes)
+      out += (first.token + at / 4) * p.heads * D + query_at(16 * warp + 2 * (at % 4));
+    else
+      out += (first.token + at / 2) * p.heads * D + 16 * warp + 8 * (at % 2);
     const int64_t out_step = static_cast<int64_t>(kChunkTokens) * p.heads * D;
     float S[D / 2];
     load_transition(first, S);
     wait();
     int closed;
     for (int done = first.chunk + 1;; ++done) {
-      scan.template chunk<false>(turn.slot, out, S, out_step / 2);
+      scan.template chunk<false, kProbes>(turn.slot, out, S, out_step / 2);
       out += out_step;
       const bool last = done == end;
       // Hardly any gate closes it in one chunk, and looking takes most of a chunk's time.

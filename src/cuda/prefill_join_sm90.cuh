@@ -30,9 +30,9 @@ class StatePart {
         if (valid[half]) old[half][run] = *reinterpret_cast<const uint2*>(out[half] + 16 * run);
     }
   }
-  // state(run, step, s) gives S as right operands of 32 key channels: s[tile][i] has channels 8i + 2t and
-  // 8i + 2t + 1 of value channel 4 (g / 2) + 2 tile + g % 2, of that step and run. A lane reads 16 bytes of a
-  // qt at a time (query_at()), and has 8 neighbouring bytes of an output.
+  // state(run, step, s) gives S as right operands of 32 key channels, twos of them in the order of qt:
+  // s[tile][i] has those that stand at 8t + 2i, of value channel 4 (g / 2) + 2 tile + g % 2, of that step and
+  // run. So a lane reads 16 bytes of a qt at a time, and has 8 neighbouring bytes of an output.
   template <class State>
   KL_DEVICE void add(State&& state) const {
 #pragma unroll
@@ -257,8 +257,14 @@ class Joiner {
     for (int i = 0; i < D * D / 4 / kThreads; ++i) {
       const int four = 4 * (i * kThreads + thread), v = four % (kColumns * D) / kColumns,
                 k = four / (kColumns * D) * kColumns + four % kColumns;
-      const int row = v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2;
-      *reinterpret_cast<uint2*>(m.applied + row * kStateRow + k) = pack_bf16x4(load4(before + four));
+      const float4 x = load4(before + four);
+      uint16_t* to = m.applied + (v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2) * kStateRow;
+      if constexpr (kProbes) {
+        *reinterpret_cast<uint2*>(to + k) = pack_bf16x4(x);
+      } else {
+        *reinterpret_cast<uint32_t*>(to + query_at(k)) = pack_bf16(x.x, x.y);
+        *reinterpret_cast<uint32_t*>(to + query_at(k + 2)) = pack_bf16(x.z, x.w);
+      }
     }
     sync();  // the state is there
     const int lane = thread % 32;

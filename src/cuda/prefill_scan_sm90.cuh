@@ -33,10 +33,10 @@ class Scan {
 
   // The chunk in slot `at`; returns its flags. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
   // lane's 8 value channels of token lane / 2 belong. Transitions are run with the columns of the identity
-  // for value channels, and v = 0; their outputs stand as query_at() says, `out` is where that of the first
-  // channel of lane % 4 and token lane / 4 belongs, and eight_tokens further that of 8 tokens later. A branch
-  // costs more here than what it would save.
-  template <bool kValue>
+  // for value channels, and v = 0. kQueryOrder: outputs stand as query_at() says, `out` is where that of the
+  // first channel of lane % 4 and token lane / 4 belongs, and eight_tokens further that of 8 tokens later. A
+  // branch costs more here than what it would save.
+  template <bool kValue, bool kQueryOrder = false>
   KL_DEVICE int chunk(int at, bf16* out, float* S, int64_t eight_tokens = 0) const {
     // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
     const uint32_t lane = opaque(threadIdx.x) % 32, t = lane % 4;
@@ -114,7 +114,7 @@ class Scan {
     stmatrix_x4_trans(stage + (lane % 8 + lane / 16 * 8) * 32 + lane / 8 % 2 * 16, o);
     __syncwarp();
     const char* staged = ring.memory + R::kStage + warp * 512;
-    if constexpr (kValue) {
+    if constexpr (!kQueryOrder) {
       const uint4 eight = *reinterpret_cast<const uint4*>(staged + lane * 16);
       wgmma_wait<0>();
       wgmma_pin<D / 2>(S);

@@ -67,7 +67,7 @@ struct PrefillParams {
   // Matrices stand as matrix_at() says.
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
-  void* queries;      // [T, heads, D] bf16, qt; where channels stand: query_at()
+  void* queries;      // [T, heads, D] bf16, qt; with probes channels stand as query_at() says
 };
 
 // How far a warp's rows of a value item are: the state that they start from has been read (told of a
@@ -77,8 +77,9 @@ enum Ready : int { kNotReady, kStarted, kPart, kState };
 
 constexpr int kStateFirst = 0x10000;
 
-// Where channel k of a qt stands: as fours of lanes need it that hold right operands of mma.sync, whose lane
-// t has channels 2t and 2t + 1 of every 8.
+// Of every 32 channels, as four rows of four twos, the transpose: its own inverse. A qt in this order is what
+// fours of lanes need that hold a state as right operands of mma.sync, lane t channels 2t and 2t + 1 of every
+// 8; and a state in this order is what a qt needs that is not.
 KL_DEVICE int query_at(int k) { return k / 32 * 32 + k % 8 / 2 * 8 + k % 32 / 8 * 2 + k % 2; }
 
 // Where element (row, k) of a matrix in the workspace stands: columns are in blocks of kColumns.
