@@ -187,7 +187,7 @@ struct Loader {
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
-    const int qk_head = head / p.group;
+    const int qk_head = p.group == 1 ? head : head / p.group;
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.rows = 0,

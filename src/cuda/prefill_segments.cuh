@@ -129,10 +129,11 @@ KL_DEVICE int segments_of(const PrefillParams& p, int chunks) {
   const int behind = max(chunks - p.first_shares * p.segment_chunks, 0);
   return min(1 + (behind + p.segment_chunks - 1) / p.segment_chunks, kMostSegments);
 }
-// The first chunk of a segment; of number `count`, the end of the sequence.
+// The first chunk of a segment; of number `count`, the end of the sequence. Last ones have what is left:
+// their end, the final state, takes longest.
 KL_DEVICE int first_chunk_of(const PrefillParams& p, int chunks, int index, int count) {
   const int before = index == 0 ? 0 : p.first_shares + index - 1, shares = p.first_shares + count - 1;
-  return chunks / shares * before + chunks % shares * before / shares;
+  return chunks / shares * before + min(chunks % shares, before);
 }
 
 struct Sequence {
