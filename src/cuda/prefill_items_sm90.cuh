@@ -2,8 +2,6 @@
 // warpgroup has 64 value channels of the head's state; what it does with a chunk is prefill_scan_sm90.cuh's.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/prefill_join_sm90.cuh"
 #include "cuda/prefill_scan_sm90.cuh"
 #include "cuda/reduce.cuh"
@@ -23,8 +21,8 @@ class Consumer {
   // Until the block's items end; true if something is left to be joined.
   KL_DEVICE bool run() {
     for (;;) {
-      mbarrier_wait(ring.raw(turn.slot),
-                    turn.phase);  // what the item is, is known before its first factors are
+      // What the item is, is known before its first factors are: they are waited for where they are needed.
+      mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const Item item = info.item;
       if (is_end(item)) return wait(), item == Item::join;
@@ -142,22 +140,18 @@ class Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) f(16 * warp + g + 8 * half, 8 * c + 2 * t, S + 4 * c + 2 * half);
   }
-  // The same for the state after the chunk: f(value channel, key channel, its two elements), or f(element,
-  // ...).
+  // What key channels k and k + 1 decay by after the chunk.
+  KL_DEVICE float2 decays_after(int k) const {
+    if constexpr (!R::kMiddle) return {1, 1};
+    const float2 d = *reinterpret_cast<const float2*>(ring.after(turn.slot) + k);
+    return {decay_after(d.x), decay_after(d.y)};
+  }
+  // The same for the state after the chunk: f(value channel, key channel, its two elements).
   template <class F>
   KL_DEVICE void for_each_pair_after(float* S, F&& f) const {
-    const float* after = ring.after(turn.slot);
-    for_each_pair(S, [&](int v, int k, float* x) {
-      float2 d{1, 1};
-      if constexpr (R::kMiddle) {
-        d = *reinterpret_cast<const float2*>(after + k);
-        d = {decay_after(d.x), decay_after(d.y)};
-      }
-      const float2 y{x[0] * d.x, x[1] * d.y};
-      if constexpr (std::is_invocable_v<F, float*, float2>)
-        f(x, y);
-      else
-        f(v, k, y);
+    for_each_pair(S, [&](int v, int k, const float* x) {
+      const float2 d = decays_after(k);
+      f(v, k, float2{x[0] * d.x, x[1] * d.y});
     });
   }
   KL_DEVICE int item(const ChunkInfo& info) const { return info.segment * p.heads + info.head; }
@@ -255,14 +249,10 @@ class Consumer {
     if (slot < 0) return;
     const PoolFours pool(*this, slot, head);
     char* to = pool.at;
-    const float* after = ring.after(turn.slot) + 2 * (lane() % 4);
+    const int first = 2 * static_cast<int>(lane() % 4);
 #pragma unroll
     for (int c = 0; c < D / 8; ++c, to += pool.step) {
-      float2 d{1, 1};
-      if constexpr (R::kMiddle) {
-        d = *reinterpret_cast<const float2*>(after + 8 * c);
-        d = {decay_after(d.x), decay_after(d.y)};
-      }
+      const float2 d = decays_after(8 * c + first);
 #pragma unroll
       for (int e = 0; e < 4; ++e) *pool.element(e) = S[4 * c + e] * (e % 2 ? d.y : d.x);
       __syncwarp();
@@ -388,7 +378,10 @@ class Consumer {
       }
     }
     if (kProbes && share[0] > 0) {
-      for_each_pair_after(S, [&](float* x, float2 after) { x[0] = after.x, x[1] = after.y; });
+      for_each_pair(S, [&](int, int k, float* x) {
+        const float2 d = decays_after(k);
+        x[0] *= d.x, x[1] *= d.y;
+      });
       add_share(info.head, info.token + info.rows, share[0], S);
     }
     if (kProbes && share[1] > 0) {

@@ -205,7 +205,7 @@ struct Loader {
                    .checkpoint = -1,
                    .first = true};
     for (int c = first; c < end; ++c, offset += kChunkTokens) {
-      if (item == Item::transition && ring.stopped() == serial) return;
+      if (item == Item::transition && uniform(ring.stopped()) == serial) return;
       info.token = s.begin + offset;
       info.rows = static_cast<int>(min(static_cast<int64_t>(kChunkTokens), s.length - offset));
       info.chunk = c;
