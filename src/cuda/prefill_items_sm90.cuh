@@ -360,6 +360,7 @@ class Consumer {
       if (at == 3 && final && p.slot != nullptr) words = final_slots() + info.sequence;
       int word = at == 3 ? -1 : 0;
       if (words != nullptr) word = load_acquire(words);
+      __syncwarp();  // seen by one lane, seen by all
       share[0] = __shfl_sync(0xffffffffu, word, 0);
       share[1] = __shfl_sync(0xffffffffu, word, 1) - kStateFirst;  // negative: the item before adds it
       started = __shfl_sync(0xffffffffu, word, 2);
@@ -374,6 +375,7 @@ class Consumer {
       if (kProbes && is_state) {
         __syncwarp();
         if (lane() == 0) share[0] = compare_and_swap(met(behind), 0, kStateFirst);
+        __syncwarp();
         share[0] = __shfl_sync(0xffffffffu, share[0], 0);
       }
     }
