@@ -220,6 +220,16 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     multiply(q, decay, left);
     Base::add_across(A, left, right);
   }
+  // Elements by decays that have been rounded, and by such that have not.
+  KL_DEVICE static void multiply(const uint32_t (&x)[4], const float (&y)[8], uint32_t (&to)[4]) {
+    float z[8];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const uint32_t two = x[2 * (e / 4) + e / 2 % 2];
+      z[e] = (e % 2 ? high_half(two) : low_half(two)) * y[e];
+    }
+    pack(z, to);
+  }
   KL_DEVICE static void multiply(const uint32_t (&x)[4], const uint32_t (&y)[4], uint32_t (&to)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = multiply_bf16x2(x[i], y[i]);
@@ -253,8 +263,9 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     return p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) >= kLeastDecay;
   }
 
-  // kFull: all 16 tokens are there. kMayBeSteep: any channel may be; without the branch two steps are worked
-  // on at a time.
+  // kFull: all 16 tokens are there. kMayBeSteep: any channel may be. Without the branch two steps are worked
+  // on at a time; with it, where gates may also forget slowly, write factors have decays that are not
+  // rounded.
   template <bool kFull, bool kMayBeSteep>
   KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
     const int rows = info.rows, head = info.head;
@@ -308,17 +319,23 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
         float from[8], to[8];  // the middle
 #pragma unroll
         for (int e = 0; e < 8; ++e) from[e] = exp2_approx(sum[e]), to[e] = exp2_approx(-sum[e]);
-        uint32_t from2[4], to2[4];
-        pack(from, from2), pack(to, to2);
+        uint32_t from2[4];
+        pack(from, from2);
+        if constexpr (kMayBeSteep) {
+          multiply(k, to, keep);
+        } else {
+          uint32_t to2[4];
+          pack(to, to2);
+          multiply(k, to2, keep);
+        }
         if (g == 7) {  // rows 7 and 15 have the sums of the halves
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int e = 4 * half;
             store_decays(slot, step, half, {from[e], from[e + 1]}, {from[e + 2], from[e + 3]});
-            from2[2 * half] = to2[2 * half] = kOnes;  // token 7
+            from2[2 * half] = kOnes, keep[2 * half] = k[2 * half];  // token 7
           }
         }
-        multiply(k, to2, keep);
         multiply(k, from2, read_k);
         mma_bf16(L[0], read_k, keep[0], keep[2]);
         mma_bf16(L[1], read_k, keep[1], keep[3]);
