@@ -69,7 +69,9 @@ TEST(Engine, RoundedActivationsStayWithinTheirBudget) {
         logits[i].insert(logits[i].end(), session.logits().begin(), session.logits().end());
       }
     }
-    EXPECT_NEAR(nll[1] / nll[0], 1, 2e-3) << name;
+    // A token: what rounding does to one has either sign, and these texts' own 0.2 nats a token are nothing
+    // to measure it by.
+    EXPECT_NEAR((nll[1] - nll[0]) / static_cast<double>(ids.size() - 1), 0, 1e-3) << name;
     EXPECT_LT(testing::rel_rms(logits[1], logits[0]), 3e-2) << name;
     EXPECT_EQ(logits[1] == logits[0], !has_gemm_bf16()) << name;  // the option arrives, where it can
   }
