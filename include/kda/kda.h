@@ -112,7 +112,8 @@ KDA_API void kda_args_init(kda_args* args, size_t size);
 KDA_API kda_status kda_prefill(const kda_args* args);
 /* Short sequences: one step of the recurrence after another. */
 KDA_API kda_status kda_decode(const kda_args* args);
-/* Bytes of workspace that kda_prefill() needs for tensors of these shapes, whatever they hold. */
+/* Bytes of workspace that kda_prefill() needs for tensors of these shapes, strides and alignments,
+   whatever they hold. */
 KDA_API kda_status kda_workspace_bytes(const kda_args* args, uint64_t* bytes);
 
 #ifdef __cplusplus

@@ -21,7 +21,8 @@ class Consumer {
   // Until the block's items end; true if something is left to be joined.
   KL_DEVICE bool run() {
     for (;;) {
-      // What the item is, is known before its first factors are: they are waited for where they are needed.
+      // What a block's first item is, is known before its first factors are: they are waited for where they
+      // are needed.
       mbarrier_wait(ring.raw(turn.slot), turn.phase);
       const ChunkInfo& info = ring.info(turn.slot);
       const Item item = info.item;
@@ -308,8 +309,8 @@ class Consumer {
     if (warp != 0 || lane() != 0) return;
     int* progress = p.progress + item(info);
     if (probe && closed > 0) {
-      // A release would hold the values up until everything stored is there. Outputs and qt are released with
-      // C; who needs this number waits until it is there.
+      // A release would hold the values up until everything stored is there. Outputs and qt are released when
+      // items meet, or with the word that the item is done; who needs this number waits until it is there.
       store_relaxed(progress, -closed);
       add_relaxed(&p.counters->probed, 1);
       return;
@@ -328,10 +329,9 @@ class Consumer {
     __syncwarp();
     if (lane() == 0) store_release(ready(number), x);
   }
-  KL_DEVICE int wait_for(int number, Ready least) const {
-    int x = kNotReady;
-    while (lane() == 0 && (x = load_acquire(ready(number))) < least) __nanosleep(20);
-    return __shfl_sync(0xffffffffu, x, 0);
+  KL_DEVICE void wait_for(int number, Ready least) const {
+    while (lane() == 0 && load_acquire(ready(number)) < least) __nanosleep(20);
+    __syncwarp();
   }
   KL_DEVICE int* met(int number) const { return p.met + number * kConsumerWarps + warp; }
   // The tokens up to this chunk's end are all that have a qt; qt and their own outputs are there.
@@ -354,15 +354,15 @@ class Consumer {
     if (kProbes) {  // one trip to memory, a word a lane
       const int at = static_cast<int>(lane());
       const int* words = nullptr;
-      if (at == 0 && is_state && !last) words = met(behind);
-      if (at == 1 && probed > 0) words = met(own);
+      if (at == 0 && probed > 0) words = met(own);  // the lane that added to it sees what it added
+      if (at == 1 && is_state && !last) words = met(behind);
       if (at == 2 && final) words = ready(own - info.segment_index * p.heads);
       if (at == 3 && final && p.slot != nullptr) words = final_slots() + info.sequence;
       int word = at == 3 ? -1 : 0;
       if (words != nullptr) word = load_acquire(words);
-      __syncwarp();  // seen by one lane, seen by all
-      share[0] = __shfl_sync(0xffffffffu, word, 0);
-      share[1] = __shfl_sync(0xffffffffu, word, 1) - kStateFirst;  // negative: the item before adds it
+      __syncwarp();                                                // seen by one lane, seen by all
+      share[1] = __shfl_sync(0xffffffffu, word, 0) - kStateFirst;  // negative: the item before adds it
+      share[0] = __shfl_sync(0xffffffffu, word, 1);
       started = __shfl_sync(0xffffffffu, word, 2);
       slot = __shfl_sync(0xffffffffu, word, 3);
     }
@@ -390,7 +390,7 @@ class Consumer {
       load_matrix(p.carried, own - p.heads, S);
       add_share(info.head, info.token - info.chunk * kChunkTokens, share[1], S);
     }
-    return is_state ? kState : kPart;
+    return kDone;
   }
 
   // out += qt · S for these tokens and the warp's value channels.

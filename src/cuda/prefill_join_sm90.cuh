@@ -157,7 +157,7 @@ class Joiner {
     if (count == 1) return;  // its final state is written already, and nothing is added to its outputs
     const auto item = [&](int j) { return (q.first_id + j) * p.heads + head; };
     for (int i = thread; i < count * (D / 16); i += kThreads)
-      wait_until(p.ready + item(i / (D / 16)) * kConsumerWarps + i % (D / 16), kPart);
+      wait_until(p.ready + item(i / (D / 16)) * kConsumerWarps + i % (D / 16), kDone);
     for (int j = 1 + thread; j < count; j += kThreads) {
       const int chunks = first_chunk_of(p, q.chunks, j + 1, count) - first_chunk_of(p, q.chunks, j, count);
       int progress = 0;

@@ -149,7 +149,7 @@ KL_DEVICE float decay_between(float x) { return __float_as_int(x) < 0 ? -x : 1.f
 
 // ---- The loader -------------------------------------------------------------------------------------------
 
-// One warp; lane 0 alone tells others.
+// One warp; lane 0 takes numbers, one lane (elected()) fills slots.
 template <class Op>
 struct Loader {
   using R = Ring<typename Op::Slot>;

@@ -71,9 +71,8 @@ struct PrefillParams {
 };
 
 // How far a warp's rows of a value item are: the state that they start from has been read (told of a
-// sequence's first segment, where others wait for it); they are in `carried`, and are they the state after
-// the segment or only C?
-enum Ready : int { kNotReady, kStarted, kPart, kState };
+// sequence's first segment, where the last one waits for it); all that the item has to store is there.
+enum Ready : int { kNotReady, kStarted, kDone };
 
 constexpr int kStateFirst = 0x10000;
 

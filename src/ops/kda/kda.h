@@ -79,8 +79,8 @@ struct KdaArgs {
 // of states); in f64 where beta may pass 1. With ctx.precision == Precision::bf16 on AMX or on AVX-512-BF16
 // where that is faster than f32 (f32 elsewhere), what reads the state is rounded to bf16: 4e-3.
 void kda_prefill(Ctx&, const KdaArgs&);
-// Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, whatever they hold; 0 on the
-// CPU.
+// Bytes of `workspace` that kda_prefill() needs for tensors of these shapes, strides and alignments, whatever
+// they hold; 0 on the CPU.
 int64_t kda_workspace_bytes(const KdaArgs&);
 // Bytes of ctx.scratch that kda_prefill() and kda_decode() take at most on the CPU.
 int64_t kda_scratch_bytes(int64_t K, int64_t V, int threads);

@@ -41,8 +41,8 @@ void kda_prefill(const Ctx&, const KdaArgs&);
 void kda_prefill_chunks(const Ctx&, const KdaArgs&);
 
 // Chunkwise with wgmma, sm_90 only: K = V = 64 or 128, q, k, v and out in bf16, rows of q, k, v, g and out
-// that start at multiples of 16 bytes. Ask first whether it takes the arguments; their workspace may be
-// absent then.
+// that start at multiples of 16 bytes, rows of states at multiples of four elements. Ask first whether it
+// takes the arguments; their workspace may be absent then.
 bool kda_prefill_sm90_takes(const KdaArgs&);
 int64_t kda_prefill_sm90_workspace(const KdaArgs&);  // bytes
 void kda_prefill_sm90(const Ctx&, const KdaArgs&);

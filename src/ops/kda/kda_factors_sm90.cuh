@@ -258,14 +258,15 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     multiply(k, decay, keep);
   }
 
-  // Is no channel steep, whatever the raw gates are? With 1.001 for the gate's own rounding.
+  // Is no channel steep, whatever the raw gates are, and no strength above 1? With 1.001 for the gate's own
+  // rounding.
   KL_DEVICE bool gentle() const {
-    return p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) >= kLeastDecay;
+    return p.gate.lower_bound * (kLog2e * kChunkTokens / 2 * 1.001f) >= kLeastDecay &&
+           p.beta_kind == KdaBeta::sigmoid;
   }
 
   // kFull: all 16 tokens are there. kMayBeSteep: any channel may be. Without the branch two steps are worked
-  // on at a time; with it, where gates may also forget slowly, write factors have decays that are not
-  // rounded.
+  // on at a time. Write factors have rounded decays there, which with strengths to 2 would cost too much.
   template <bool kFull, bool kMayBeSteep>
   KL_DEVICE void chunk(int slot, const ChunkInfo& info) const {
     const int rows = info.rows, head = info.head;
@@ -285,6 +286,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     bool any_steep = false;
     RawGate raw{};
     load_gate(slot, bias, 0, raw);
+    __syncwarp();  // biases of the first step have been read
 #pragma unroll(kMayBeSteep ? 1 : 2)
     for (int step = 0; step < D / 16; ++step) {
       float sum[8];

@@ -292,6 +292,10 @@ std::vector<Case> checks() {
   c = {"beta in (1, 2)", {2000}, 8, 8, 128, Gate::softplus};
   c.beta_kind = KdaBeta::sigmoid2, c.beta_shift = 3;
   all.push_back(c);
+  c.name = "beta in (1, 2), weak", c.gate = Gate::weak;
+  all.push_back(c);
+  c.name = "beta in (1, 2), bounded", c.gate = Gate::bounded;
+  all.push_back(c);
   c = {"equal keys, beta 1, no decay, T 16384", {16384}, 2, 2, 128, Gate::none};
   c.equal_keys = true, c.beta_shift = 8;
   all.push_back(c);
