@@ -269,6 +269,8 @@ std::vector<Case> checks() {
   }
   all.push_back({"T 8192 H24 bounded", {8192}, 24, 24, 128, Gate::bounded});
   all.push_back({"T 1024 H4 bounded", {1024}, 4, 4, 128, Gate::bounded});
+  // Segments of four chunks, as long as a probe.
+  all.push_back({"T 1024 H4 bounded -1", {1024}, 4, 4, 128, Gate::mild});
   all.push_back({"T 8192 H12 N4 bounded", {2048, 2048, 2048, 2048}, 12, 12, 128, Gate::bounded});
   all.push_back({"T 8192 H96 softplus", {8192}, 96, 96, 128, Gate::softplus});
   all.push_back({"lengths 1 16 17 0 15 300 0", {1, 16, 17, 0, 15, 300, 0}, 2, 2, 128, Gate::softplus});
