@@ -39,20 +39,7 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
 }  // namespace kl
 
 #if defined(__x86_64__)
-#define KL_DECLARE_PER_ISA(...) \
-  namespace generic {           \
-  __VA_ARGS__                   \
-  }                             \
-  namespace avx2 {              \
-  __VA_ARGS__                   \
-  }                             \
-  namespace avx512 {            \
-  __VA_ARGS__                   \
-  }                             \
-  namespace avx512_bf16 {       \
-  __VA_ARGS__                   \
-  }
-#define KL_DECLARE_UP_TO_AVX512(...) \
+#define KL_DECLARE_WITHOUT_BF16(...) \
   namespace generic {                \
   __VA_ARGS__                        \
   }                                  \
@@ -61,9 +48,16 @@ void force_isa(Isa);  // for all threads, between operators; throws if it is not
   }                                  \
   namespace avx512 {                 \
   __VA_ARGS__                        \
-  }                                  \
-  namespace avx512_bf16 {            \
-  using namespace avx512;            \
+  }
+#define KL_DECLARE_PER_ISA(...)        \
+  KL_DECLARE_WITHOUT_BF16(__VA_ARGS__) \
+  namespace avx512_bf16 {              \
+  __VA_ARGS__                          \
+  }
+#define KL_DECLARE_UP_TO_AVX512(...)   \
+  KL_DECLARE_WITHOUT_BF16(__VA_ARGS__) \
+  namespace avx512_bf16 {              \
+  using namespace avx512;              \
   }
 #define KL_ACTIVE_ISA(function)                                          \
   (::kl::active_isa() >= ::kl::Isa::avx512_bf16 ? &avx512_bf16::function \

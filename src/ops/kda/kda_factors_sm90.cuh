@@ -51,7 +51,7 @@ struct KdaSlot {
   static constexpr uint32_t kValue = D / 64 * 3 * kPanelBytes;
   static constexpr uint32_t kSlotBytes = D / 64 * 4 * kPanelBytes;
   static constexpr uint32_t kApartBytes = kGateF32 ? D / 64 * 2 * kPanelBytes : 0;
-  static constexpr uint32_t kScratchBytes = (16 * 20 - 4) * 4;  // rows 20 apart, and 16 for the last
+  static constexpr uint32_t kScratchBytes = 16 * 20 * 4;
 };
 
 // What turns a raw gate and its bias into log2 of a decay.
