@@ -13,7 +13,7 @@ template <class Slot, bool kProbes>
 class Consumer {
   using R = Ring<Slot>;
   static constexpr int D = Slot::D;
-  static constexpr int kWarps = D / 16, kColumns = matrix_columns(D, kProbes);
+  static constexpr int kWarps = D / 16;
 
  public:
   KL_DEVICE Consumer(const PrefillParams& params, R r, int w) : p(params), ring(r), scan(r, w), warp(w) {}
@@ -158,14 +158,13 @@ class Consumer {
   KL_DEVICE int item(const ChunkInfo& info) const { return info.segment * p.heads + info.head; }
   KL_DEVICE void store_matrix(float* matrices, int number, float* S) const {
     float* to = matrices + static_cast<int64_t>(number) * D * D;
-    for_each_pair_after(S, [&](int v, int k, float2 x) {
-      *reinterpret_cast<float2*>(to + matrix_at<D, kColumns>(v, k)) = x;
-    });
+    for_each_pair_after(
+        S, [&](int v, int k, float2 x) { *reinterpret_cast<float2*>(to + matrix_at<D>(v, k)) = x; });
   }
   KL_DEVICE void load_matrix(const float* matrices, int number, float* S) const {
     const float* from = matrices + static_cast<int64_t>(number) * D * D;
     for_each_pair(S, [&](int v, int k, float* x) {
-      const float2 two = *reinterpret_cast<const float2*>(from + matrix_at<D, kColumns>(v, k));
+      const float2 two = *reinterpret_cast<const float2*>(from + matrix_at<D>(v, k));
       x[0] = two.x, x[1] = two.y;
     });
   }

@@ -66,21 +66,29 @@ class StatePart {
   bool valid[2];
 };
 
+// x as the sum of two numbers of 11 bits, but for 2^-21 of it.
+struct TwoTerms {
+  uint32_t high, low;
+};
+KL_DEVICE TwoTerms two_terms(float x) {
+  const uint32_t high = __float_as_uint(x) & 0xffffe000u;
+  return {high, __float_as_uint(x - __uint_as_float(high))};
+}
+
 // The consumers of a block, when its ring is done with.
 template <class Slot, bool kProbes>
 class Joiner {
   static constexpr int D = Slot::D;
   static constexpr int kThreads = 2 * D;
-  static constexpr int kApplyTokens = 512;  // of an item
+  static constexpr int kApplyTokens = 256;  // of an item
   static constexpr int kStateRow = D + 8;
-  static constexpr int kColumns = matrix_columns(D, kProbes);
-  static constexpr int kBlock = kColumns * D + 8;   // the rows of four blocks of 8 are in different banks
   static constexpr int kSlab = 16, kWideSlab = 32;  // value channels that are chained at a time
   struct Memory {
     union {
-      float matrices[2][D / kColumns * kBlock];  // as in the workspace, blocks kBlock apart
-      uint16_t applied[D * kStateRow];           // a state in bf16, its rows in the order of StatePart::add()
+      float matrices[2][D * D];         // as in the workspace
+      uint16_t applied[D * kStateRow];  // a state in bf16, its rows in the order of StatePart::add()
     };
+    uint64_t loaded[2];  // barriers: a matrix is there
     float slab[kWideSlab][D + 4];
     int progress[kMostSegments];
     int next;
@@ -91,39 +99,67 @@ class Joiner {
   KL_DEVICE Joiner(const PrefillParams& params, char* memory)
       : p(params), m(*reinterpret_cast<Memory*>(memory)), thread(static_cast<int>(threadIdx.x)) {}
 
+  // Heads that are expected to forget soon come first: their transitions are over.
   KL_DEVICE void run() {
+    sync();  // the ring has been read
+    if (thread == 0) {
+      for (uint64_t& bar : m.loaded) mbarrier_init(smem_address(&bar), 1);
+      fence_barrier_init();
+    }
     // Wide ones load an M less often, where there are enough of them.
     const bool wide = p.sequences * p.heads * (D / kSlab) > static_cast<int>(gridDim.x);
-    const int slabs = D / (wide ? kWideSlab : kSlab), pairs = p.sequences * p.heads;
-    for (;;) {
-      sync();  // the ring, and the number before, have been read
-      if (thread == 0) m.next = atomicAdd(&p.counters->chains, 1);
-      sync();  // the next number is there
-      const int i = m.next, pair = i / slabs, slab = i % slabs;
-      if (pair >= pairs) break;
+    const int slabs = D / (wide ? kWideSlab : kSlab);
+    each_of(&p.counters->chains, p.sequences * p.heads * slabs, [&](int i, auto&& next) {
+      const int pair = i / slabs, slab = i % slabs;
       if (wide)
-        chain<kWideSlab>(pair / p.heads, pair % p.heads, slab * kWideSlab);
+        chain<kWideSlab>(pair % p.sequences, head_of(pair / p.sequences), slab * kWideSlab);
       else
-        chain<kSlab>(pair / p.heads, pair % p.heads, slab * kSlab);
-    }
-    // Nobody waits for these, so that blocks can share them out beforehand. All segments have first tokens,
-    // fewer have others.
+        chain<kSlab>(pair % p.sequences, head_of(pair / p.sequences), slab * kSlab);
+      next();
+    });
     const Sequences sequences(p);
-    const int later = (sequences.count_segments() - p.sequences) * p.heads;
-    int number = static_cast<int>(blockIdx.x);
-    for (int begin = 0, end = longest(sequences); begin < end; begin += kApplyTokens, number -= later)
-      for (; number < later; number += static_cast<int>(gridDim.x))
-        apply(sequences.segment(Among::later, number / p.heads), number % p.heads, begin);
+    const int later = sequences.count_segments() - p.sequences;
+    const int parts = (longest(sequences) + kApplyTokens - 1) / kApplyTokens;
+    each_of(&p.counters->parts, p.heads * parts * later, [&](int i, auto&& next) {
+      // All segments have first tokens, fewer have others.
+      const int of_head = i % (parts * later);
+      const Segment s = sequences.segment(Among::later, of_head % later);
+      const int head = head_of(i / (parts * later));
+      apply(s, head, of_head / later * kApplyTokens, next);
+    });
   }
 
  private:
   const PrefillParams& p;
   Memory& m;
   int thread;
+  uint32_t phases = 0;  // of m.loaded: a bit each
 
   KL_DEVICE static void sync() { named_barrier_sync(1, kThreads); }
   KL_DEVICE static void wait_until(const int* word, int least) {
     while (load_acquire(word) < least) __nanosleep(50);
+  }
+  KL_DEVICE int head_of(int number) const {
+    return p.by_slowness != nullptr ? p.by_slowness[p.heads - 1 - number] : number;
+  }
+
+  // work(i, next) for numbers that no other block has, below count. Shortly before its end it calls next(),
+  // and the next number is on its way: not sooner, or others have nothing to do.
+  template <class Work>
+  KL_DEVICE void each_of(int* list, int count, Work&& work) {
+    int ticket = 0;
+    const auto next = [&] {
+      if (thread == 0) ticket = atomicAdd(list, 1);
+    };
+    next();
+    for (;;) {
+      sync();  // the number before has been read
+      if (thread == 0) m.next = ticket;
+      sync();  // the next number is there
+      const int i = m.next;
+      if (i >= count) return;
+      work(i, next);
+    }
   }
 
   // Tokens that no segment has more of, but for first ones.
@@ -150,8 +186,8 @@ class Joiner {
   // carried[j] = carried[j - 1] · M_j + C_j for j = 1, 2, ..., rows v0 to v0 + kWidth - 1, which nobody else
   // reads; the last one is the final state. The next M is on its way while one is multiplied with.
   template <int kWidth>
-  KL_DEVICE void chain(int n, int head, int v0) const {
-    constexpr int kRows = kWidth * D / kThreads;  // a thread's; it has one key channel
+  KL_DEVICE void chain(int n, int head, int v0) {
+    constexpr int kTiles = kWidth / 16;
     const Sequence q = Sequences(p).find([&](const Sequence& x) { return x.number == n; });
     const int count = q.segments;
     if (count == 1) return;  // its final state is written already, and nothing is added to its outputs
@@ -166,56 +202,81 @@ class Joiner {
     }
     sync();  // all C and M, and `progress`, are there
 
-    const int k = thread % D, row0 = thread / D * kRows;
-    const auto rows = [&](int j) {
-      return p.carried + static_cast<int64_t>(item(j)) * D * D + matrix_at<D, kColumns>(v0 + row0, k);
+    // A warp has 16 key channels of all rows; a lane, as in mma.sync's results, twos of them.
+    const int lane = thread % 32, g = lane / 4, t = lane % 4, k0 = thread / 32 * 16;
+    using Rows = float[kTiles][2][4];
+    const auto two = [](Rows& of, int e) -> float2& {
+      return *reinterpret_cast<float2*>(of[e / 4][e / 2 % 2] + 2 * (e % 2));
     };
+    const auto each_two = [&](auto&& f) {  // f(number, row of the slab, key channel)
+#pragma unroll
+      for (int e = 0; e < 4 * kTiles; ++e) f(e, 16 * (e / 4) + g + 8 * (e % 2), k0 + 8 * (e / 2 % 2) + 2 * t);
+    };
+    const auto stored = [&](int j, int row, int k) -> float2& {
+      return *reinterpret_cast<float2*>(p.carried + static_cast<int64_t>(item(j)) * D * D +
+                                        matrix_at<D>(v0 + row, k));
+    };
+    const auto slab = [&](int row, int k) -> float2& { return *reinterpret_cast<float2*>(&m.slab[row][k]); };
     const auto next_open = [&](int j) {  // the first segment from j on whose transition counts
       while (j < count && m.progress[j] < 0) ++j;
       return j;
     };
+    Rows C;  // of the next open segment
     const auto load = [&](int j, int buffer) {
-      const float* from = p.transition + static_cast<int64_t>(item(j)) * D * D;
-      if (j < count)
-#pragma unroll
-        for (int i = 0; i < D * D / 4 / kThreads; ++i) {
-          const int four = 4 * (i * kThreads + thread), block = four / (kColumns * D);
-          cp_async16(smem_address(m.matrices[buffer] + block * kBlock + four % (kColumns * D)), from + four);
+      if (j < count) {
+        if (thread == 0) {
+          const uint32_t bar = smem_address(&m.loaded[buffer]);
+          constexpr uint32_t kBytes = sizeof m.matrices[buffer];
+          fence_proxy_async_all();  // M is there, and who had the buffer has read it
+          mbarrier_arrive_expect_tx(bar, kBytes);
+          bulk_load(smem_address(m.matrices[buffer]), p.transition + static_cast<int64_t>(item(j)) * D * D,
+                    kBytes, bar);
         }
-      cp_async_commit();
+        each_two([&](int e, int row, int k) { two(C, e) = stored(j, row, k); });
+      }
     };
 
-    float x[kRows];
     int held = 0;  // whose state `slab` holds; 0: nobody's yet
     int open = next_open(1);
     load(open, 0);
     for (int use = 0; open < count; use ^= 1) {
       const int following = next_open(open + 1);
+      Rows x, lower = {};
+      each_two([&](int e, int, int) { two(x, e) = two(C, e); });
       load(following, use ^ 1);
-      const float* before = rows(open - 1);
-      float* own = rows(open);
+      if (held != open - 1 || held == 0)
+        each_two([&](int, int row, int k) { slab(row, k) = stored(open - 1, row, k); });
+      mbarrier_wait(smem_address(&m.loaded[use]), phases >> use & 1);
+      phases ^= 1u << use;
+      sync();  // the state before is there
+      const float* M = m.matrices[use] + matrix_at<D>(0, k0 + g);
+#pragma unroll kTiles == 1 ? 4 : 2
+      for (int i = t; i < D; i += 8) {
+        TwoTerms b[2][2];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        x[r] = own[r * kColumns];
-        if (held != open - 1 || held == 0) m.slab[row0 + r][k] = before[r * kColumns];
-      }
-      cp_async_wait<1>();
-      sync();  // the state before and M are there
-      const float* M = m.matrices[use] + k / kColumns * kBlock + k % kColumns;
-#pragma unroll 8
-      for (int i = 0; i < D; i += 4) {
-        const float column[4] = {M[i * kColumns], M[(i + 1) * kColumns], M[(i + 2) * kColumns],
-                                 M[(i + 3) * kColumns]};
+        for (int e = 0; e < 4; ++e) b[e / 2][e % 2] = two_terms(M[matrix_at<D>(i + e % 2 * 4, e / 2 * 8)]);
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
-          const float4 four = *reinterpret_cast<const float4*>(&m.slab[row0 + r][i]);
-          x[r] = fmaf(four.x, column[0],
-                      fmaf(four.y, column[1], fmaf(four.z, column[2], fmaf(four.w, column[3], x[r]))));
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const float* row = &m.slab[16 * tile + g][i];
+          uint32_t high[4], low[4];
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const TwoTerms a = two_terms(row[e % 2 * 8 * (D + 4) + e / 2 * 4]);
+            high[e] = a.high, low[e] = a.low;
+          }
+#pragma unroll
+          for (int block = 0; block < 2; ++block) {
+            mma_tf32(lower[tile][block], low, b[block][0].high, b[block][1].high);
+            mma_tf32(x[tile][block], high, b[block][0].high, b[block][1].high);
+            mma_tf32(lower[tile][block], high, b[block][0].low, b[block][1].low);
+          }
         }
       }
       sync();  // the state before and M have been read
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = x[r], own[r * kColumns] = x[r];
+      each_two([&](int e, int row, int k) {
+        const float2 a = two(x, e), b = two(lower, e);
+        slab(row, k) = stored(open, row, k) = {a.x + b.x, a.y + b.y};
+      });
       held = open;
       open = following;
     }
@@ -227,9 +288,7 @@ class Joiner {
     const int slot = (p.slot_out != nullptr ? p.slot_out : p.slot)[n];
     if (slot < 0) return;
     if (held != count - 1) {
-      const float* from = rows(count - 1);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) m.slab[row0 + r][k] = from[r * kColumns];
+      each_two([&](int, int row, int k) { slab(row, k) = stored(count - 1, row, k); });
       sync();  // the final state is there
     }
     const StatePlace place = state_place(p, slot, head);
@@ -243,20 +302,22 @@ class Joiner {
 
   // Adds the state's part to kApplyTokens tokens of a segment from its token `from` on, as far as they have a
   // qt.
-  KL_DEVICE void apply(const Segment& s, int head, int from) const {
+  template <class Next>
+  KL_DEVICE void apply(const Segment& s, int head, int from, Next&& next) const {
     wait_until(p.chained + s.sequence * p.heads + head, D);
-    if (added(s, head)) return;
+    if (added(s, head)) return next();
     const int64_t first = static_cast<int64_t>(s.first_chunk) * kChunkTokens;
     const int64_t with_query = static_cast<int64_t>(abs(p.progress[s.id * p.heads + head])) * kChunkTokens;
     const int64_t begin = s.begin + first + from;
     const int64_t end = s.begin + min(min(first + with_query, first + from + kApplyTokens), s.length);
-    if (begin >= end) return;
-    sync();  // the memory is nobody's
+    if (begin >= end) return next();
+    StatePart<D> part;
+    int64_t token = begin + thread / 32 * 16;
+    part.load(p, head, token, end);  // on its way meanwhile
     const float* before = p.carried + (static_cast<int64_t>(s.id - 1) * p.heads + head) * D * D;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = 0; i < D * D / 4 / kThreads; ++i) {
-      const int four = 4 * (i * kThreads + thread), v = four % (kColumns * D) / kColumns,
-                k = four / (kColumns * D) * kColumns + four % kColumns;
+      const int four = 4 * (i * kThreads + thread), v = four % (8 * D) / 8, k = four / (8 * D) * 8 + four % 8;
       const float4 x = load4(before + four);
       uint16_t* to = m.applied + (v / 16 * 16 + v / 2 % 2 * 8 + v % 16 / 4 * 2 + v % 2) * kStateRow;
       if constexpr (kProbes) {
@@ -270,9 +331,8 @@ class Joiner {
     const int lane = thread % 32;
     const uint32_t rows =
         smem_address(m.applied + (lane % 8 + lane / 16 * 8) * kStateRow) + lane / 8 % 2 * 16;
-    for (int64_t token = begin + thread / 32 * 16; token < end; token += kThreads / 2) {
-      StatePart<D> part;
-      part.load(p, head, token, end);
+    while (token < end) {
+      if (token + kThreads / 2 >= end) next();
       part.add([&](int run, int step, uint32_t(&x)[2][4]) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -282,6 +342,8 @@ class Joiner {
           x[1][2 * half] = b[2], x[1][2 * half + 1] = b[3];
         }
       });
+      token += kThreads / 2;
+      if (token < end) part.load(p, head, token, end);
     }
   }
 };

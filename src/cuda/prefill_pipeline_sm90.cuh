@@ -13,6 +13,9 @@
 //   Maps                what the copy engine knows of its inputs
 //   Slot                how a slot is laid out (Ring says what is asked of it)
 //   kMayProbe           can its gates be known to forget soon (PrefillParams::probes)?
+//   kKnowsGates         is there an expected_forgetting(...): a number for each head, the smaller the later
+//   it
+//                       is expected to forget
 //   load(...)           the copies of one chunk
 //   produce(...)        one producer warp, until the end
 #pragma once
@@ -263,7 +266,11 @@ struct Loader {
         value = i < firsts + later;
         if (i >= firsts) i -= value ? firsts : firsts + later;
       }
-      const int head = i % p.heads, number = i / p.heads;
+      int head = i % p.heads, number = i / p.heads;
+      if (!value && p.by_slowness != nullptr) {  // those that may be long before the others
+        const int segments = later / p.heads;
+        head = p.by_slowness[i / segments], number = i % segments;
+      }
       const Segment s =
           sequences.segment(among, among == Among::first ? sequences.by_length(number) : number);
       const int begin = rest ? min(kProbeChunks, s.chunks) : 0;

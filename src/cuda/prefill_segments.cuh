@@ -32,8 +32,8 @@ constexpr int kConsumerWarps = 8;        // of D = 128; D = 64 leaves four witho
 
 // What blocks tell each other; zero when they start.
 struct PrefillCounters {
-  int items, rest, chains;  // of each list: how many have been taken
-  int probed, open;         // probes that are over, and those that did not close their M
+  int items, rest, chains, parts;  // of each list: how many have been taken
+  int probed, open;                // probes that are over, and those that did not close their M
 };
 
 // What an operator adds to it are parameters of its producers.
@@ -51,8 +51,7 @@ struct PrefillParams {
   int first_shares;    // a sequence's first segment is this many times as long: it has no transition
   bool probes;         // value items look by themselves whether their transition is negligible
 
-  // Workspace; all but `counters` null where no sequence can have two segments. Up to `carried` it is
-  // cleared.
+  // Workspace; all but `counters` null where no sequence can have two segments.
   PrefillCounters* counters;
   // [segments, heads] chunks with qt written, negated once M is closed; 0: not known yet. Of a probe that
   // left M open it is the probe's, until somebody has followed M to its end.
@@ -63,7 +62,8 @@ struct PrefillParams {
   // kStateFirst when its state is in `carried`, and finding a number it adds the state's share to these
   // tokens itself, which mostly it does, and has nothing to store.
   int* met;
-  int* chained;  // [sequences, heads] value channels whose states are all known
+  int* chained;      // [sequences, heads] value channels whose states are all known
+  int* by_slowness;  // [heads] value heads, those first whose gates are expected to forget last; or null
   // Matrices stand as matrix_at() says.
   float* carried;  // [segments, heads, D (v), D (k)] C; made the state before the next segment by the chain
   float* transition;  // [segments, heads, D (column), D (k)] M
@@ -81,18 +81,16 @@ constexpr int kStateFirst = 0x10000;
 // 8; and a state in this order is what a qt needs that is not.
 KL_DEVICE int query_at(int k) { return k / 32 * 32 + k % 8 / 2 * 8 + k % 32 / 8 * 2 + k % 2; }
 
-// Where element (row, k) of a matrix in the workspace stands: columns are in blocks of kColumns.
-template <int D, int kColumns>
+// Where element (row, k) of a matrix in the workspace stands. Its columns are in blocks of 8, so that what a
+// warp's fragments have of it is runs of 256 bytes, and in different banks of shared memory.
+template <int D>
 KL_DEVICE int matrix_at(int row, int k) {
-  return k / kColumns * (kColumns * D) + row * kColumns + k % kColumns;
+  return k / 8 * (8 * D) + row * 8 + k % 8;
 }
-// With probes blocks are small, so that what a warp's fragments have of a matrix leaves and comes back in
-// runs of 256 bytes; without, states are chained, by threads that go along rows.
-constexpr int matrix_columns(int D, bool probes) { return probes ? 8 : D; }
 
-// What the workspace holds, in bytes from its start.
+// What the workspace holds, in bytes from its start. What stands before by_slowness is cleared.
 struct PrefillWorkspace {
-  int64_t progress, ready, met, chained, carried, transition, queries, total;
+  int64_t progress, ready, met, chained, by_slowness, carried, transition, queries, total;
 };
 inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks) {
   return N + (T / kChunkTokens + N) / segment_chunks;
@@ -100,12 +98,13 @@ inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks) {
 inline PrefillWorkspace prefill_workspace(int64_t T, int64_t N, int64_t heads, int64_t D, int64_t segments) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   PrefillWorkspace w{};
-  w.progress = w.carried = w.total = aligned(sizeof(PrefillCounters));
+  w.progress = w.by_slowness = w.total = aligned(sizeof(PrefillCounters));
   if (segments == 0) return w;  // no split
   w.ready = w.progress + aligned(4 * segments * heads);
   w.met = w.ready + 4 * segments * heads * kConsumerWarps;
   w.chained = w.met + 4 * segments * heads * kConsumerWarps;
-  w.carried = aligned(w.chained + 4 * N * heads);
+  w.by_slowness = aligned(w.chained + 4 * N * heads);
+  w.carried = aligned(w.by_slowness + 4 * heads);
   w.transition = w.carried + 4 * segments * heads * D * D;
   w.queries = w.transition + 4 * segments * heads * D * D;
   w.total = w.queries + aligned(2 * T * heads * D);

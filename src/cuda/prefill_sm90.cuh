@@ -56,11 +56,38 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
 
 // Before prefill_kernel: what blocks tell each other is cleared. prefill_kernel's blocks may come in at once;
 // what they wait for is the end of this kernel, which waits for its predecessors' in turn.
+KL_DEVICE void clear(int* words, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < count) words[i] = 0;
+}
 static __global__ void clear_kernel(int* words, int64_t count) {
   release_next_kernel();
   wait_for_previous_kernel();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < count) words[i] = 0;
+  clear(words, count);
+}
+
+// The same, and PrefillParams::by_slowness, by one block more.
+constexpr int kOrderThreads = 1024;
+template <class Op>
+__global__ void __launch_bounds__(kOrderThreads)
+    clear_and_order_kernel(const __grid_constant__ typename Op::Params p, int* words, int64_t count) {
+  __shared__ float forgetting[kOrderThreads];
+  release_next_kernel();
+  wait_for_previous_kernel();
+  if (blockIdx.x + 1 < gridDim.x) return clear(words, count);
+  for (int h = static_cast<int>(threadIdx.x / 32); h < p.heads; h += kOrderThreads / 32) {
+    const float x = Op::expected_forgetting(p, h);
+    if (threadIdx.x % 32 == 0) forgetting[h] = x > 0 ? x : 0;  // nor a NaN, which has no place
+  }
+  __syncthreads();  // all heads' are there
+  const int h = static_cast<int>(threadIdx.x);
+  if (h >= p.heads) return;
+  const float own = forgetting[h];
+  int before = 0;
+#pragma unroll 8
+  for (int other = 0; other < p.heads; ++other)
+    before += forgetting[other] < own || (forgetting[other] == own && other < h);
+  p.by_slowness[before] = h;
 }
 
 // How sequences are cut. A wrong guess of the gate costs time and nothing else.
@@ -123,12 +150,14 @@ inline PrefillCut cut_invariant(int64_t heads, bool strong) {
 // Chunks after which a transition is expected to be negligible where nothing is known of the gate: one of
 // softplus with the usual start.
 constexpr int64_t kClosedAfter = 110;
+constexpr int64_t kShortSegment = 32;  // chunks
 
 // What cuts are chosen by.
 struct PrefillShape {
   int64_t T, N, heads, D;
   bool whole;            // states inside a sequence are asked for: no cuts
   bool strong;           // the gate is known to forget soon
+  bool known;            // something is known of when a head forgets (Op::expected_forgetting)
   int64_t closed;        // elsewhere: chunks after which a transition is expected to be negligible
   bool batch_invariant;  // cuts must not depend on the other sequences
 };
@@ -146,6 +175,7 @@ inline PrefillCut cut_sequences(const PrefillShape& s) {
 struct PrefillPlan {
   int64_t T, N, heads, D, segments = 0;  // segments: at most; 0: every sequence is one
   PrefillCut cut{};
+  bool by_slowness = false;  // PrefillParams::by_slowness is there
   PrefillWorkspace workspace{};
 };
 inline PrefillPlan prefill_plan(const PrefillShape& shape) {
@@ -154,6 +184,9 @@ inline PrefillPlan prefill_plan(const PrefillShape& shape) {
   plan.cut = cut_sequences(shape);
   const int64_t most = max_segments(plan.T, plan.N, plan.cut.segment_chunks);
   if (most > plan.N) plan.segments = most;
+  // Where segments are short hardly any transition is over before them.
+  plan.by_slowness = shape.known && plan.segments > 0 && !plan.cut.probes && plan.heads <= kOrderThreads &&
+                     plan.cut.segment_chunks >= kShortSegment;
   plan.workspace = prefill_workspace(plan.T, plan.N, plan.heads, plan.D, plan.segments);
   return plan;
 }
@@ -181,40 +214,52 @@ inline PrefillParams prefill_params(const PrefillTensors& a, const PrefillPlan& 
   const auto part = [&](int64_t offset) { return plan.segments > 0 ? memory + offset : nullptr; };
   Operand state{};
   if (a.state) state = operand(a.state);
-  return {.out = operand(a.out),
-          .cu_seqlens = row_numbers(a.cu_seqlens),
-          .sequences = static_cast<int>(plan.N),
-          .heads = static_cast<int>(plan.heads),
-          .group = static_cast<int>(plan.heads / a.qk_heads),
-          .state = state,
-          .state_row_stride = a.state ? a.state.stride[2] : 0,
-          .state_v_first = a.state_v_first,
-          .slot = static_cast<const int32_t*>(a.slot.data),
-          .slot_out = static_cast<const int32_t*>(a.slot_out.data),
-          .checkpoint_row = static_cast<const int32_t*>(a.checkpoint_row.data),
-          .checkpoint_slot = static_cast<const int32_t*>(a.checkpoint_slot.data),
-          .checkpoints = a.checkpoint_row ? static_cast<int>(a.checkpoint_row.size(0)) : 0,
-          .segment_chunks = static_cast<int>(plan.cut.segment_chunks),
-          .first_shares = static_cast<int>(plan.cut.first_shares),
-          .probes = plan.segments > 0 && plan.cut.probes,
-          .counters = reinterpret_cast<PrefillCounters*>(memory),
-          .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
-          .ready = reinterpret_cast<int*>(part(plan.workspace.ready)),
-          .met = reinterpret_cast<int*>(part(plan.workspace.met)),
-          .chained = reinterpret_cast<int*>(part(plan.workspace.chained)),
-          .carried = reinterpret_cast<float*>(part(plan.workspace.carried)),
-          .transition = reinterpret_cast<float*>(part(plan.workspace.transition)),
-          .queries = part(plan.workspace.queries)};
+  return {
+      .out = operand(a.out),
+      .cu_seqlens = row_numbers(a.cu_seqlens),
+      .sequences = static_cast<int>(plan.N),
+      .heads = static_cast<int>(plan.heads),
+      .group = static_cast<int>(plan.heads / a.qk_heads),
+      .state = state,
+      .state_row_stride = a.state ? a.state.stride[2] : 0,
+      .state_v_first = a.state_v_first,
+      .slot = static_cast<const int32_t*>(a.slot.data),
+      .slot_out = static_cast<const int32_t*>(a.slot_out.data),
+      .checkpoint_row = static_cast<const int32_t*>(a.checkpoint_row.data),
+      .checkpoint_slot = static_cast<const int32_t*>(a.checkpoint_slot.data),
+      .checkpoints = a.checkpoint_row ? static_cast<int>(a.checkpoint_row.size(0)) : 0,
+      .segment_chunks = static_cast<int>(plan.cut.segment_chunks),
+      .first_shares = static_cast<int>(plan.cut.first_shares),
+      .probes = plan.segments > 0 && plan.cut.probes,
+      .counters = reinterpret_cast<PrefillCounters*>(memory),
+      .progress = reinterpret_cast<int*>(part(plan.workspace.progress)),
+      .ready = reinterpret_cast<int*>(part(plan.workspace.ready)),
+      .met = reinterpret_cast<int*>(part(plan.workspace.met)),
+      .chained = reinterpret_cast<int*>(part(plan.workspace.chained)),
+      .by_slowness = plan.by_slowness ? reinterpret_cast<int*>(part(plan.workspace.by_slowness)) : nullptr,
+      .carried = reinterpret_cast<float*>(part(plan.workspace.carried)),
+      .transition = reinterpret_cast<float*>(part(plan.workspace.transition)),
+      .queries = part(plan.workspace.queries)};
 }
 
 template <class Op>
 void run_prefill(const typename Op::Params& p, const typename Op::Maps& maps, const PrefillPlan& plan,
                  cudaStream_t stream) {
-  constexpr unsigned kClearThreads = 256;
-  const int64_t words = plan.workspace.carried / 4;
-  const unsigned clearing = static_cast<unsigned>((words + kClearThreads - 1) / kClearThreads);
-  launch(clear_kernel, {.grid = clearing, .block = kClearThreads, .stream = stream, .overlap_previous = true},
-         reinterpret_cast<int*>(p.counters), words);
+  const int64_t words = plan.workspace.by_slowness / 4;
+  LaunchConfig first{.grid = 1, .block = 256, .stream = stream, .overlap_previous = true};
+  const auto blocks_of = [&](unsigned threads) {
+    return static_cast<unsigned>((words + threads - 1) / threads);
+  };
+  if constexpr (Op::kKnowsGates) {
+    if (p.by_slowness != nullptr) {
+      first.block = kOrderThreads, first.grid = blocks_of(kOrderThreads) + 1;
+      launch(clear_and_order_kernel<Op>, first, p, reinterpret_cast<int*>(p.counters), words);
+    }
+  }
+  if (p.by_slowness == nullptr) {
+    first.grid = blocks_of(first.block.x);
+    launch(clear_kernel, first, reinterpret_cast<int*>(p.counters), words);
+  }
   // Of a cut sequence's segments all but the first may take two items.
   const int64_t items = (plan.segments > 0 ? 2 * plan.segments - plan.N : plan.N) * plan.heads;
   const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(items, current_device().multiprocessors));

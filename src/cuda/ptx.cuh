@@ -276,6 +276,8 @@ KL_DEVICE void store_in_cluster(uint32_t smem, uint32_t bar, uint32_t rank, floa
 
 // Ordinary writes to shared memory become visible to the copy engine and the tensor cores.
 KL_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same, and for global memory.
+KL_DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 // One lane of a warp whose lanes are all here, always the same one. The compiler then knows that there is
 // only one, and has no loop over lanes around a copy.
 KL_DEVICE bool elected() {

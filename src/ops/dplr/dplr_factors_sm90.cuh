@@ -289,7 +289,7 @@ struct DplrPrefill {
   using Params = DplrPrefillParams;
   using Maps = DplrPrefillMaps;
   using Slot = DplrSlot<D>;
-  static constexpr bool kMayProbe = false;
+  static constexpr bool kMayProbe = false, kKnowsGates = false;
   using R = Ring<Slot>;
 
   KL_DEVICE static void load(const Params&, R ring, int s, const Maps& maps, const ChunkInfo& info,

@@ -14,6 +14,7 @@ PrefillPlan make_plan(const DplrArgs& a) {
                        .D = a.q.size(2),
                        .whole = false,
                        .strong = false,
+                       .known = false,
                        .closed = kClosedAfter,
                        .batch_invariant = false});
 }

@@ -262,6 +262,36 @@ TEST(KdaPrefillCuda, LongSequenceWithWeakDecay) {
   expect_right(cuda::kda_prefill_chunks, c, 2 * kChunked, 2 * kChunked);
 }
 
+TEST(KdaPrefillCuda, AHeadOfNansLeavesTheOthersAlone) {
+  KL_NEEDS_GPU();
+  // Where sequences are cut, heads are taken in the order of their gates' parameters.
+  constexpr int64_t kTokens = 4096, kHeads = 16, kBad = 5, kV = 128;
+  KdaProblem problem({.lengths = {kTokens}, .H = kHeads, .Hv = kHeads});
+  KdaArgs a = problem.device_args();
+  const cuda::DeviceTensor workspace = cuda::device_tensor(DType::u8, {kda_workspace_bytes(a)});
+  a.workspace = workspace.tensor;
+  Ctx ctx = cuda_ctx();
+  const auto run = [&] {
+    kda_prefill(ctx, a);
+    KL_CUDA_CHECK(cudaDeviceSynchronize(), "running a case");
+    return cuda::to_host(problem.out.device_memory.tensor);
+  };
+  const OwnedTensor right = run();
+  problem.reset_device();
+  const float nan = std::nanf("");
+  KL_CUDA_CHECK(
+      cudaMemcpy(static_cast<float*>(a.gate.A_log.data) + kBad, &nan, sizeof nan, cudaMemcpyHostToDevice),
+      "spoiling a head");
+  const OwnedTensor spoilt = run();
+  ASSERT_EQ(right.tensor.bytes(), kTokens * kHeads * kV * 2);
+  for (int64_t t = 0; t < kTokens; ++t)
+    for (int64_t h = 0; h < kHeads; ++h) {
+      if (h == kBad) continue;
+      ASSERT_TRUE(testing::same_bits(right.tensor[t][h], spoilt.tensor[t][h]))
+          << "token " << t << " head " << h;
+    }
+}
+
 // With batch_invariant, through the doors: each sequence of a pack alone, bit for bit.
 void expect_packed_equals_alone(void (*door)(Ctx&, const KdaArgs&), const KdaCase& c) {
   SCOPED_TRACE(c.name());

@@ -409,7 +409,7 @@ struct KdaPrefill {
   using Params = KdaPrefillParams;
   using Maps = KdaPrefillMaps;
   using Slot = KdaSlot<D, kGateF32>;
-  static constexpr bool kMayProbe = true;
+  static constexpr bool kMayProbe = true, kKnowsGates = true;
   using R = Ring<Slot>;
 
   KL_DEVICE static void load(const Params& p, R ring, int s, const Maps& maps, const ChunkInfo& info,
@@ -433,6 +433,18 @@ struct KdaPrefill {
 #pragma unroll
       for (int panel = 0; panel < 2 * R::kPanels; ++panel)
         box_load(ring.apart(s) + panel * kPanel, &maps.g, 32 * panel, info.head, token, bar);
+  }
+
+  // What the head's slowest channel decays by in a token whose raw gate is 0. For a whole warp.
+  KL_DEVICE static float expected_forgetting(const Params& p, int head) {
+    const float A_log = A_log_of(p.gate, head);
+    float bias = INFINITY;  // the least
+#pragma unroll
+    for (int k = 0; k < D; k += 32)
+      bias = fminf(bias, dt_bias_of(p.gate, head, k + static_cast<int>(threadIdx.x % 32)));
+#pragma unroll
+    for (int bit = 16; bit > 0; bit >>= 1) bias = fminf(bias, __shfl_xor_sync(0xffffffffu, bias, bit));
+    return -log_decay(p.gate, expf(A_log), bias);
   }
 
   KL_DEVICE static void produce(const Params& p, R ring, int producer) {

@@ -21,6 +21,7 @@ PrefillPlan make_plan(const KdaArgs& a) {
                        .D = a.q.size(2),
                        .whole = static_cast<bool>(a.checkpoint_row),
                        .strong = a.gate.kind == KdaGateKind::bounded && a.gate.lower_bound <= -1,
+                       .known = a.gate.kind != KdaGateKind::log_decay,
                        .closed = expected_to_close(a.gate),
                        .batch_invariant = a.batch_invariant});
 }
