@@ -113,26 +113,32 @@ inline PrefillCut cut_strong(int64_t items, int64_t chunks) {
 }
 
 // With a weak one a segment takes two items, values and transition, and joining takes time. The first one
-// has no transition; where transitions are expected to be long it is made longer, so that its blocks end with
-// the others. `closed`: chunks after which a transition is expected to be closed.
+// has no transition, and may be made longer, so that its blocks end with the others. `closed`: chunks after
+// which a head's transition is expected to be closed; a few take three times as many.
 inline PrefillCut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
   const int64_t blocks = current_device().multiprocessors, others = blocks - items;
   // Chunks' worth of time: of any cut, of a state's way through a segment. Chunks that are applied in one's.
-  constexpr int64_t kSplit = 16, kChain = 3, kApplied = 150;
-  int64_t least = chunks;
+  constexpr double kSplit = 12, kChain = 1.2, kApplied = 150;
+  double least = static_cast<double>(chunks);
   PrefillCut best;
   for (int64_t n = 2; others > 0 && n <= 1 + blocks / 4; ++n) {
-    const int64_t later = items * (n - 1);
+    const int64_t later = items * (n - 1), idle = blocks - items * n;  // blocks that begin with transitions
     for (int64_t shares = 1; shares <= (2 * later + others - 1) / others; ++shares) {
-      const int64_t own = (chunks + shares + n - 2) / (shares + n - 1), followed = std::min(own, closed);
+      const int64_t own = (chunks + shares + n - 2) / (shares + n - 1);
       if (own < kMinSegmentChunks) break;
-      int64_t longest = std::max(shares * own, later * (own + followed) / others);
-      if (2 * later > others) longest = std::max(longest, 2 * followed);
-      if (10 * later > 9 * others) longest = std::max(longest, own + followed);
-      const int64_t join =
-          kChain * ((4 * items + blocks - 1) / blocks) * (n - 1) + later * followed / kApplied;
-      if (longest + join + kSplit < least)
-        best = {.segment_chunks = own, .first_shares = shares}, least = longest + join + kSplit;
+      const int64_t followed = std::min(own, closed), slowest = std::min(own, 3 * closed);
+      double longest = static_cast<double>(shares * own);
+      if (idle < 0) {
+        longest = std::max(longest, static_cast<double>(later * (own + followed)) / others + followed / 2.);
+      } else if (later > idle && later * followed + idle * followed / 2. > idle * longest) {
+        const auto work = static_cast<double>(items * shares * own + later * (own + followed));
+        longest = std::max(longest, work / blocks + slowest / 4.);
+      }
+      // Of transitions that are closed states are not multiplied by.
+      const double chain = kChain * static_cast<double>((4 * items + blocks - 1) / blocks * (n - 1)) *
+                           (followed == own ? 1 : 0.3);
+      const double cost = longest + chain + static_cast<double>(later * followed) / kApplied + kSplit;
+      if (cost < least) best = {.segment_chunks = own, .first_shares = shares}, least = cost;
     }
   }
   return best;
@@ -148,8 +154,8 @@ inline PrefillCut cut_invariant(int64_t heads, bool strong) {
 }
 
 // Chunks after which a transition is expected to be negligible where nothing is known of the gate: one of
-// softplus with the usual start.
-constexpr int64_t kClosedAfter = 110;
+// softplus with the usual start, whose heads take 36 to 171.
+constexpr int64_t kClosedAfter = 60;
 constexpr int64_t kShortSegment = 32;  // chunks
 
 // What cuts are chosen by.

@@ -10,7 +10,7 @@ namespace {
 // A bounded gate's channels have about a third of the bound.
 int64_t expected_to_close(const KdaGate& gate) {
   if (gate.kind == KdaGateKind::bounded && gate.lower_bound < 0)
-    return static_cast<int64_t>(std::clamp(-6 / gate.lower_bound, 4.f, 4096.f));
+    return static_cast<int64_t>(std::clamp(-4 / gate.lower_bound, 4.f, 4096.f));
   return kClosedAfter;
 }
 
