@@ -1,7 +1,7 @@
 // Checks the Hopper prefill against the definition in f64 and times it, on a machine with nothing but a
-// driver:  kda_cuda_bench [check|time|all] [part of a case's name]
+// driver:  kda_cuda_bench [check|time|all|race] [part of a case's name]
 // Checks: bench/kda_bench_checks.cuh. Times: medians of CUDA-graph replays over rotating inputs that together
-// exceed the L2 cache.
+// exceed the L2 cache. race: a kernel with a race, and nothing else.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -84,7 +84,22 @@ std::vector<Target> targets() {
   return all;
 }
 
+// A race for what looks for races to find: one warp reads what the other writes, and no barrier between them.
+__global__ void planted_race_kernel(int* out) {
+  __shared__ int words[64];
+  const int i = static_cast<int>(threadIdx.x);
+  words[i] = i;
+  out[i] = words[63 - i];
+}
+int plant_race() {
+  const DeviceTensor out = cuda::device_tensor(DType::i32, {64});
+  cuda::launch(planted_race_kernel, {.grid = 1, .block = 64}, static_cast<int*>(out.tensor.data));
+  KL_CUDA_CHECK(cudaDeviceSynchronize(), "running a kernel with a race");
+  return 0;
+}
+
 int run(const std::string& mode, const std::string& only) {
+  if (mode == "race") return plant_race();
   const auto wanted = [&](const std::string& name) {
     return only.empty() || name.find(only) != std::string::npos;
   };
