@@ -120,8 +120,14 @@ elif [ $racecheck = 1 ]; then
   race decode kda_decode_pipeline ops_kda_tests --gtest_filter=KdaDecodeCuda.PipelineWithManyItemsABlock
   race "fused step" kda_decode_pipeline ops_kda_tests --gtest_filter=KdaStepCuda.BesideTheDefinition
   race replay kda_replay_pipeline ops_kda_tests --gtest_filter='KdaReplayCuda.Many*'
-  race "kda prefill" prefill_kernel kda_cuda_bench check lengths
+  race "kda prefill, whole sequences" prefill_kernel kda_cuda_bench check lengths
+  race "kda prefill, probes" prefill_kernel kda_cuda_bench check "T 1024 H4"
+  race "kda prefill, joins" prefill_kernel kda_cuda_bench check "uneven split"
+  for kernel in prefill_kernel clear_and_order_kernel; do
+    race "kda, ${kernel%_kernel}, ordered" $kernel ops_kda_tests --gtest_filter='KdaPrefillCuda.AHeadOfNans*'
+  done
   race "dplr prefill" prefill_kernel ops_dplr_tests --gtest_filter=DplrHopper.EveryLength
+  race "dplr prefill, joins" prefill_kernel ops_dplr_tests --gtest_filter=DplrHopper.SegmentsOfLongSequences
 else
   if [ $tests = 1 ]; then
     for program in "${cuda_tests[@]}"; do unit "$program" '*Cuda*:*Hopper*'; done

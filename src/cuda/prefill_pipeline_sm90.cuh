@@ -13,9 +13,7 @@
 //   Maps                what the copy engine knows of its inputs
 //   Slot                how a slot is laid out (Ring says what is asked of it)
 //   kMayProbe           can its gates be known to forget soon (PrefillParams::probes)?
-//   kKnowsGates         is there an expected_forgetting(...): a number for each head, the smaller the later
-//   it
-//                       is expected to forget
+//   kKnowsGates         is there an expected_forgetting(...): of a head, the less the later it forgets
 //   load(...)           the copies of one chunk
 //   produce(...)        one producer warp, until the end
 #pragma once

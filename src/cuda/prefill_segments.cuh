@@ -92,8 +92,10 @@ KL_DEVICE int matrix_at(int row, int k) {
 struct PrefillWorkspace {
   int64_t progress, ready, met, chained, by_slowness, carried, transition, queries, total;
 };
-inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks) {
-  return N + (T / kChunkTokens + N) / segment_chunks;
+// Segments of N sequences of T tokens in all, at most: as many as if one of them had all chunks.
+inline int64_t max_segments(int64_t T, int64_t N, int64_t segment_chunks, int64_t first_shares) {
+  const int64_t later = (T / kChunkTokens + N) / segment_chunks + 1 - first_shares;
+  return N + (later > 0 ? later : 0);
 }
 inline PrefillWorkspace prefill_workspace(int64_t T, int64_t N, int64_t heads, int64_t D, int64_t segments) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };

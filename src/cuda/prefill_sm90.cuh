@@ -119,11 +119,15 @@ inline PrefillCut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
   const int64_t blocks = current_device().multiprocessors, others = blocks - items;
   // Chunks' worth of time: of any cut, of a state's way through a segment. Chunks that are applied in one's.
   constexpr double kSplit = 12, kChain = 1.2, kApplied = 150;
-  double least = static_cast<double>(chunks);
+  // Less would be within the model's error, and a cut takes a workspace.
+  constexpr double kGain = 0.02;
+  constexpr int64_t kMostShares = 64;
+  double least = (1 - kGain) * static_cast<double>(chunks);
   PrefillCut best;
   for (int64_t n = 2; others > 0 && n <= 1 + blocks / 4; ++n) {
     const int64_t later = items * (n - 1), idle = blocks - items * n;  // blocks that begin with transitions
-    for (int64_t shares = 1; shares <= (2 * later + others - 1) / others; ++shares) {
+    const int64_t most = std::min(kMostShares, (2 * later + others - 1) / others);
+    for (int64_t shares = 1; shares <= most; ++shares) {
       const int64_t own = (chunks + shares + n - 2) / (shares + n - 1);
       if (own < kMinSegmentChunks) break;
       const int64_t followed = std::min(own, closed), slowest = std::min(own, 3 * closed);
@@ -134,7 +138,7 @@ inline PrefillCut cut_weak(int64_t items, int64_t chunks, int64_t closed) {
         const auto work = static_cast<double>(items * shares * own + later * (own + followed));
         longest = std::max(longest, work / blocks + slowest / 4.);
       }
-      // Of transitions that are closed states are not multiplied by.
+      // States are not multiplied by transitions that are closed. Four chains a head, as with D = 128.
       const double chain = kChain * static_cast<double>((4 * items + blocks - 1) / blocks * (n - 1)) *
                            (followed == own ? 1 : 0.3);
       const double cost = longest + chain + static_cast<double>(later * followed) / kApplied + kSplit;
@@ -188,7 +192,7 @@ inline PrefillPlan prefill_plan(const PrefillShape& shape) {
   PrefillPlan plan{.T = shape.T, .N = shape.N, .heads = shape.heads, .D = shape.D};
   if (plan.N == 0) return plan;
   plan.cut = cut_sequences(shape);
-  const int64_t most = max_segments(plan.T, plan.N, plan.cut.segment_chunks);
+  const int64_t most = max_segments(plan.T, plan.N, plan.cut.segment_chunks, plan.cut.first_shares);
   if (most > plan.N) plan.segments = most;
   // Where segments are short hardly any transition is over before them.
   plan.by_slowness = shape.known && plan.segments > 0 && !plan.cut.probes && plan.heads <= kOrderThreads &&

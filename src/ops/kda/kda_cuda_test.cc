@@ -274,15 +274,16 @@ TEST(KdaPrefillCuda, AHeadOfNansLeavesTheOthersAlone) {
   const auto run = [&] {
     kda_prefill(ctx, a);
     KL_CUDA_CHECK(cudaDeviceSynchronize(), "running a case");
-    return cuda::to_host(problem.out.device_memory.tensor);
+    return std::pair(cuda::to_host(problem.out.device_memory.tensor),
+                     cuda::to_host(problem.state.device_memory.tensor));
   };
-  const OwnedTensor right = run();
+  const auto [right, right_states] = run();
   problem.reset_device();
   const float nan = std::nanf("");
   KL_CUDA_CHECK(
       cudaMemcpy(static_cast<float*>(a.gate.A_log.data) + kBad, &nan, sizeof nan, cudaMemcpyHostToDevice),
       "spoiling a head");
-  const OwnedTensor spoilt = run();
+  const auto [spoilt, spoilt_states] = run();
   ASSERT_EQ(right.tensor.bytes(), kTokens * kHeads * kV * 2);
   for (int64_t t = 0; t < kTokens; ++t)
     for (int64_t h = 0; h < kHeads; ++h) {
@@ -290,6 +291,11 @@ TEST(KdaPrefillCuda, AHeadOfNansLeavesTheOthersAlone) {
       ASSERT_TRUE(testing::same_bits(right.tensor[t][h], spoilt.tensor[t][h]))
           << "token " << t << " head " << h;
     }
+  for (int64_t slot = 0; slot < right_states.tensor.size(0); ++slot)
+    for (int64_t h = 0; h < kHeads; ++h)
+      EXPECT_TRUE(h == kBad ||
+                  testing::same_bits(right_states.tensor[slot][h], spoilt_states.tensor[slot][h]))
+          << "state of slot " << slot << " head " << h;
 }
 
 // With batch_invariant, through the doors: each sequence of a pack alone, bit for bit.

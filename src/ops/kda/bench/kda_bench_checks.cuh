@@ -296,6 +296,13 @@ std::vector<Case> checks() {
   all.push_back(c);
   c.name = "beta in (1, 2), weak", c.gate = Gate::weak;
   all.push_back(c);
+  c.lengths = {1024}, c.H = c.Hv = 4;  // segments of 8 chunks, and of 5
+  c.name = "beta in (1, 2), weak, T 1024 H4";
+  all.push_back(c);
+  c.lengths = {400}, c.H = c.Hv = 1;
+  c.name = "beta in (1, 2), weak, T 400 H1";
+  all.push_back(c);
+  c.lengths = {2000}, c.H = c.Hv = 8;
   c.name = "beta in (1, 2), bounded", c.gate = Gate::bounded;
   all.push_back(c);
   c = {"equal keys, beta 1, no decay, T 16384", {16384}, 2, 2, 128, Gate::none};
