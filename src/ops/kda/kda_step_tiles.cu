@@ -18,8 +18,8 @@ __global__ void __launch_bounds__(kTileThreads, 2)
     kda_step_tiles_kernel(const __grid_constant__ StepParams p, const __grid_constant__ FusedParams f) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __shared__ Prepared<D> prepared;
-  __shared__ alignas(16) float squares[kBlocks * kTileWarps];  // of the head's outputs, from every warp
-  __shared__ uint64_t arrived;                                 // counts their bytes
+  __shared__ __align__(16) float squares[kBlocks * kTileWarps];  // of the head's outputs, from every warp
+  __shared__ uint64_t arrived;                                   // counts their bytes
   if (threadIdx.x == 0) {
     mbarrier_init(smem_address(&arrived), 1);
     fence_barrier_init();
