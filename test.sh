@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ./test.sh: installs what is missing, builds, and runs every test. The last line says how many passed and failed.
-#   --quick   leaves out the sanitizer, fuzz and CUDA builds
+#   --quick   leaves out the sanitizer, fuzz and CUDA builds, and the CUDA kernels on the CPU
 # Properties (rapidcheck) draw the same cases every time, so that a run tells about the change and not about chance. Other
 # cases by hand: RC_PARAMS= build/cpu/kl_tests
 set -euo pipefail
@@ -84,6 +84,12 @@ unit "program" python3 tests/program_test.py build/cpu/kimi-linear
 unit "libkda" python3 tests/libkda_test.py build/cpu
 
 if [ $quick = 0 ]; then
+  say "CUDA kernels on the CPU"
+  build cpu cuda_on_cpu_tests
+  # All tests for a GPU but those that are too long for this.
+  unit "CUDA kernels on the CPU" build/cpu/cuda_on_cpu_tests \
+    --gtest_filter="*Cuda*:*Hopper*-KdaBatchInvariantCuda.*:*AHeadOfNans*:DplrHopper.Segments*:SiluMulCuda.*:LinearAttentionCuda.EveryW*"
+
   # Sanitizer and fuzz builds compile a folder's library as one file, in half the time. That each file includes what it needs
   # is found by the release build.
   one_file="-DCMAKE_UNITY_BUILD=ON -DCMAKE_UNITY_BUILD_BATCH_SIZE=0"

@@ -170,7 +170,9 @@ TEST(KdaDecodeCuda, PipelineWithManyItemsABlock) {
   for (const int D : {64, 128})
     for (const bool v_first : {false, true}) {
       KdaCase c{.H = 2, .Hv = 4, .K = D, .V = D, .v_first = v_first, .no_state_sometimes = true};
-      c.lengths.assign(D == 64 ? 500 : 130, 1);  // 7 and 4 items a block of 132, for rings of 6 and 3 slots
+      // 7 and 4 items a block, for rings of 6 and 3 slots.
+      const int blocks = std::min(132, cuda::current_device().multiprocessors);
+      c.lengths.assign(static_cast<size_t>((D == 64 ? 15 : 4) * blocks / 4), 1);
       for (size_t n = 0; n < c.lengths.size(); n += 11) c.lengths[n] = static_cast<int>(n % 5);
       const KdaProblem problem(c);
       ASSERT_TRUE(cuda::kda_decode_pipeline_takes(problem.device_args()) || cuda::current_device().arch < 90);

@@ -224,14 +224,15 @@ TEST(KdaReplayCuda, ManyItemsABlock) {
   // Some thirty items for each block, twice round the ring, beside the other way: too many for the
   // definition. What can go wrong here is a hand-over that depends on time.
   testing::Random random(7);
-  const int64_t N = 256, H = 16, D = 128, L = 4;
+  const int64_t H = 16, D = 128, L = 4;
+  const int64_t N = std::min(256, 2 * cuda::current_device().multiprocessors);
   Replay r(1, H, H, D, D, L, false, KdaGateKind::softplus, random);
   const Rows rows(r, N, DType::f32, random);
   const cuda::DeviceTensor q = cuda::to_device(rows.q.tensor), k = cuda::to_device(rows.k.tensor),
                            v = cuda::to_device(rows.v.tensor), g = cuda::to_device(rows.g.tensor),
                            beta = cuda::to_device(rows.beta.tensor), A_log = cuda::to_device(r.A_log.tensor);
   OwnedTensor slots = make_tensor(DType::i32, {N});
-  for (int64_t n = 0; n < N; ++n) *slots.tensor.at<int32_t>(n) = static_cast<int32_t>(n * 7 % N);
+  for (int64_t n = 0; n < N; ++n) *slots.tensor.at<int32_t>(n) = static_cast<int32_t>(n * 127 % N);
   const cuda::DeviceTensor slot = cuda::to_device(slots.tensor);
   Ctx ctx;
   ctx.device = Device::cuda;

@@ -1,5 +1,6 @@
 #include "testing/cuda_on_cpu/machine.h"
 
+#include <signal.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -98,9 +99,10 @@ struct Accumulators {
 struct Warp {
   Lane* lanes;
   uint32_t all = 0, done = 0;
-  uint32_t ready = 0;    // may go on in this turn of the warp
-  uint32_t next = 0;     // may go on in its next turn
-  uint32_t polling = 0;  // wait for something that the scheduler looks at
+  uint32_t ready = 0;       // may go on in this turn of the warp
+  uint32_t next = 0;        // may go on in its next turn
+  uint32_t polling = 0;     // wait for something that the scheduler looks at
+  uint64_t held_until = 0;  // Run::progress; or when nobody else can go on
   Meeting meetings[4];
   std::vector<Wgmma> products;
   std::vector<Accumulators> accumulators;
@@ -238,6 +240,7 @@ void lane_main() {
       kStackEnd)
     fail("a thread's stack was too small");
   async_wait(0), bulk_commit(), bulk_wait(0);
+  self->wait = Wait::none;
   self->warp->done |= 1u << self->lane;
   --self->block->live;
   lane_ends(*self->warp);
@@ -711,7 +714,7 @@ bool Block::turn() {
       w.lanes[l].wait = Wait::none;
       w.polling &= ~(1u << l), w.next |= 1u << l;
     }
-    if (w.next != 0) can[count++] = i;
+    if (w.next != 0 && w.held_until <= run_now->progress) can[count++] = i;
   }
   if (!landings.empty() && (count == 0 || random_numbers.one_in(6))) {
     const size_t i = random_numbers.below(landings.size());
@@ -721,6 +724,10 @@ bool Block::turn() {
   size_t chosen = can[random_numbers.below(count)];
   if (chosen == slow && !random_numbers.one_in(8)) chosen = can[random_numbers.below(count)];
   Warp& w = warps[chosen];
+  if (random_numbers.one_in(200)) {  // a long time, in which other blocks come far
+    w.held_until = run_now->progress + random_numbers.below(5000);
+    return true;
+  }
   w.ready = w.next, w.next = 0;
   const int from = static_cast<int>(random_numbers.below(32));
   const int lane = (std::countr_zero(std::rotr(w.ready, from)) + from) & 31;
@@ -753,12 +760,12 @@ void Block::work() {
         fail(cat("nothing goes on:", all));
       }
       for (Warp& w : warps) {
+        w.held_until = 0;
         uint32_t left = w.polling;
         while (left != 0) {
           const int l = std::countr_zero(left);
           left &= left - 1;
-          if (w.lanes[l].wait != Wait::poll) continue;
-          w.lanes[l].wait = Wait::none;
+          if (w.lanes[l].wait != Wait::poll) continue;  // which it stays until it has looked
           w.polling &= ~(1u << l), w.next |= 1u << l;
         }
       }
@@ -813,6 +820,30 @@ void run_slot(Run& run, unsigned slot, unsigned slots) {
   run.leave(slot);
 }
 
+// A kernel's fault ends its launch, on the stack of the thread that it came up in.
+class FaultsEndTheLaunch {
+ public:
+  FaultsEndTheLaunch() {
+    struct sigaction action {};
+    action.sa_flags = SA_NODEFER;  // it does not return
+    action.sa_handler = [](int signal) {
+      if (current != nullptr)
+        fail(signal == SIGFPE ? "a number was divided by zero" : "a thread touched memory that is not there");
+      ::signal(signal, SIG_DFL);  // the machine's own
+    };
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &before_[i]);
+  }
+  ~FaultsEndTheLaunch() {
+    for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &before_[i], nullptr);
+  }
+  FaultsEndTheLaunch(const FaultsEndTheLaunch&) = delete;
+  FaultsEndTheLaunch& operator=(const FaultsEndTheLaunch&) = delete;
+
+ private:
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
+  struct sigaction before_[3];
+};
+
 uint64_t launches = 0, seed = 1;
 int multiprocessors = 8;
 
@@ -836,12 +867,14 @@ void run(Launch& launch) {
     run.live.push_back(true);
   }
   run_now = &run;
+  const FaultsEndTheLaunch faults;
   std::vector<std::thread> threads;
   for (unsigned i = 0; i < slots; ++i) threads.emplace_back([&run, i, slots] { run_slot(run, i, slots); });
   run.turns[0]->release();
   run.over.acquire();
   for (std::thread& t : threads) t.join();
   run_now = nullptr;
+  if (run.error.empty()) run.error = device_memory_damage();
   if (!run.error.empty()) throw Error("cuda_on_cpu: " + run.error);
 }
 

@@ -132,8 +132,11 @@ struct Launch {
  protected:
   ~Launch() = default;
 };
-// Runs all blocks; throws kl::Error if they cannot come to an end.
+// Runs all blocks; throws kl::Error if they cannot come to an end, or have done what they must not.
 void run(Launch& launch);
+
+// What has been written outside of device memory, if anything.
+std::string device_memory_damage();
 
 // Ends the launch.
 [[noreturn]] void fail(const std::string& why);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda/launch.h"
+#include "cuda/memory.h"
 #include "cuda/ptx.cuh"
 
 namespace kl::cuda {
@@ -113,6 +114,27 @@ static __global__ void guard_kernel(int at) {
 TEST(CudaOnCpu, FindsWritesBehindSharedMemory) {
   EXPECT_EQ(error_of(guard_kernel, {.grid = 1, .block = 1, .smem = 64}, 63), "");
   EXPECT_TRUE(has(error_of(guard_kernel, {.grid = 1, .block = 1, .smem = 64}, 64), "byte 0 behind"));
+}
+
+static __global__ void write_kernel(float* to) { to[threadIdx.x] = 1; }
+
+TEST(CudaOnCpu, FindsWritesOutsideOfDeviceMemory) {
+  const DeviceBuffer memory(32 * sizeof(float));
+  auto* const data = static_cast<float*>(memory.data());
+  EXPECT_EQ(error_of(write_kernel, {.grid = 1, .block = 32}, data), "");
+  EXPECT_TRUE(
+      has(error_of(write_kernel, {.grid = 1, .block = 33}, data), "byte 0 behind an allocation of 128"));
+}
+
+static __global__ void lost_kernel(const int* from) {
+  if (threadIdx.x == 5) *const_cast<volatile int*>(from) = 1;
+}
+
+TEST(CudaOnCpu, LosesALaunchButNotTheProgram) {
+  EXPECT_TRUE(has(error_of(lost_kernel, {.grid = 2, .block = 32}, nullptr), "memory that is not there"));
+  int x = 0;
+  EXPECT_EQ(error_of(lost_kernel, {.grid = 2, .block = 32}, &x), "");
+  EXPECT_EQ(x, 1);
 }
 
 static __global__ void apart_kernel() {

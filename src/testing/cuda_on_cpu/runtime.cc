@@ -1,7 +1,36 @@
 // CUDA's runtime as far as cuda_runtime.h of this folder declares it: device memory is memory.
 #include "testing/cuda_on_cpu/cuda_runtime.h"
 
+#include <map>
+
+#include "base/check.h"
 #include "testing/cuda_on_cpu/cuda.h"
+
+namespace {
+
+// Around each allocation stand bytes that stay as they are.
+constexpr size_t kGuardBytes = 256;
+constexpr unsigned char kGuard = 0xa5;
+std::map<unsigned char*, size_t>& allocations() {
+  static std::map<unsigned char*, size_t> all;
+  return all;
+}
+
+}  // namespace
+
+namespace kl::cuda_on_cpu {
+
+std::string device_memory_damage() {
+  for (const auto& [data, bytes] : allocations())
+    for (size_t i = 1; i <= kGuardBytes; ++i) {
+      if (*(data - i) != kGuard) return cat(i, " bytes before an allocation of ", bytes, " was written");
+      if (data[bytes + i - 1] != kGuard)
+        return cat("byte ", i - 1, " behind an allocation of ", bytes, " bytes was written");
+    }
+  return "";
+}
+
+}  // namespace kl::cuda_on_cpu
 
 const char* cudaGetErrorName(cudaError_t e) { return e == cudaSuccess ? "cudaSuccess" : "cudaError"; }
 const char* cudaGetErrorString(cudaError_t e) {
@@ -23,12 +52,22 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t cudaMalloc(void** p, size_t bytes) {
-  *p = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  if (*p == nullptr) return cudaErrorMemoryAllocation;
-  std::memset(*p, 0xff, bytes);  // NaN
+  const size_t whole = kGuardBytes + (bytes + 255) / 256 * 256 + kGuardBytes;
+  auto* const memory = static_cast<unsigned char*>(std::aligned_alloc(256, whole));
+  if (memory == nullptr) return cudaErrorMemoryAllocation;
+  std::memset(memory, kGuard, whole);
+  std::memset(memory + kGuardBytes, 0xff, bytes);  // NaN
+  allocations()[memory + kGuardBytes] = bytes;
+  *p = memory + kGuardBytes;
   return cudaSuccess;
 }
-cudaError_t cudaFree(void* p) { return std::free(p), cudaSuccess; }
+cudaError_t cudaFree(void* p) {
+  if (p == nullptr) return cudaSuccess;
+  auto* const data = static_cast<unsigned char*>(p);
+  if (allocations().erase(data) == 0) return cudaErrorInvalidValue;
+  std::free(data - kGuardBytes);
+  return cudaSuccess;
+}
 cudaError_t cudaMemset(void* p, int byte, size_t bytes) { return std::memset(p, byte, bytes), cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* p, int byte, size_t bytes, cudaStream_t) {
   return cudaMemset(p, byte, bytes);
