@@ -87,8 +87,9 @@ if [ $quick = 0 ]; then
   say "CUDA kernels on the CPU"
   build cpu cuda_on_cpu_tests
   # All tests for a GPU but those that are too long for this.
-  unit "CUDA kernels on the CPU" build/cpu/cuda_on_cpu_tests \
-    --gtest_filter="*Cuda*:*Hopper*-KdaBatchInvariantCuda.*:*AHeadOfNans*:DplrHopper.Segments*:SiluMulCuda.*:LinearAttentionCuda.EveryW*"
+  long="KdaBatchInvariantCuda.*:*AHeadOfNans*:DplrHopper.Segments*:SiluMulCuda.*"
+  long="$long:LinearAttentionCuda.EveryW*:LinearAttentionCuda.EveryG*:DeltaNetCuda.EveryW*:DeltaNetCuda.EveryG*"
+  unit "CUDA kernels on the CPU" build/cpu/cuda_on_cpu_tests --gtest_filter="*Cuda*:*Hopper*-$long"
 
   # Sanitizer and fuzz builds compile a folder's library as one file, in half the time. That each file includes what it needs
   # is found by the release build.

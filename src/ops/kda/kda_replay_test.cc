@@ -208,11 +208,12 @@ TEST(KdaReplayCuda, BesideTheDefinition) {
 TEST(KdaReplayCuda, ManySequencesWithRingsOfEveryFill) {
   if (!cuda::device_present()) GTEST_SKIP() << "no CUDA device";
   // Several items for each block of the pipeline, which fold and do not fold by turns.
+  const int64_t N = 4 + std::min(132, cuda::current_device().multiprocessors) / 2;
   for (const int64_t L : {3, 16})
     for (const bool v_first : {false, true}) {
       SCOPED_TRACE(cat(L, " records", v_first ? ", V first" : ""));
       testing::Random random(static_cast<uint64_t>(L));
-      Replay r(70, 4, 8, 128, 128, L, v_first, KdaGateKind::softplus, random);
+      Replay r(N, 4, 8, 128, 128, L, v_first, KdaGateKind::softplus, random);
       r.begin_with_records(random);
       expect_right_on_gpu(r, 2, DType::f32, random, cuda::kda_replay);
     }

@@ -351,7 +351,7 @@ void meet(uint32_t mask, const char* operation, void* brought, void (*perform)(M
   if (at == nullptr) fail("a warp's lanes have come apart to more than four places");
   if (at->arrived == 0)
     at->mask = mask, at->operation = operation;
-  else if (std::strcmp(at->operation, operation) != 0)
+  else if (at->operation != operation && std::strcmp(at->operation, operation) != 0)
     fail(cat("lanes of a warp meet at ", operation, " and at ", at->operation));
   at->arrived |= 1u << self.lane, at->brought[self.lane] = brought;
   self.wait = Wait::meeting;
