@@ -828,7 +828,9 @@ class FaultsEndTheLaunch {
     action.sa_flags = SA_NODEFER;  // it does not return
     action.sa_handler = [](int signal) {
       if (current != nullptr)
-        fail(signal == SIGFPE ? "a number was divided by zero" : "a thread touched memory that is not there");
+        fail(signal == SIGFPE                        ? "a number was divided by zero"
+             : signal == SIGILL || signal == SIGTRAP ? "an access is not aligned to its type"
+                                                     : "a thread touched memory that is not there");
       ::signal(signal, SIG_DFL);  // the machine's own
     };
     for (size_t i = 0; i < std::size(kSignals); ++i) sigaction(kSignals[i], &action, &before_[i]);
@@ -840,8 +842,8 @@ class FaultsEndTheLaunch {
   FaultsEndTheLaunch& operator=(const FaultsEndTheLaunch&) = delete;
 
  private:
-  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
-  struct sigaction before_[3];
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+  struct sigaction before_[5];
 };
 
 uint64_t launches = 0, seed = 1;

@@ -137,6 +137,17 @@ TEST(CudaOnCpu, LosesALaunchButNotTheProgram) {
   EXPECT_EQ(x, 1);
 }
 
+static __global__ void unaligned_kernel(int at) {
+  extern __shared__ __align__(1024) char memory[];
+  *reinterpret_cast<float4*>(memory + at) = {};
+}
+
+TEST(CudaOnCpu, FindsAccessesThatAreNotAligned) {
+  EXPECT_EQ(error_of(unaligned_kernel, {.grid = 1, .block = 1, .smem = 64}, 16), "");
+  EXPECT_TRUE(
+      has(error_of(unaligned_kernel, {.grid = 1, .block = 1, .smem = 64}, 8), "not aligned to its type"));
+}
+
 static __global__ void apart_kernel() {
   if (threadIdx.x == 3)
     __syncwarp();
