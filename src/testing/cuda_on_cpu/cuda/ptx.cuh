@@ -170,19 +170,11 @@ KL_DEVICE int compare_and_swap(int* p, int expected, int x) {
 KL_DEVICE void mbarrier_init(uint32_t bar, uint32_t arrivals) { cuda_on_cpu::mbarrier_init(bar, arrivals); }
 KL_DEVICE void fence_barrier_init() {}
 KL_DEVICE void mbarrier_arrive(uint32_t bar) { cuda_on_cpu::mbarrier_arrive(bar); }
-#ifdef KL_RACECHECK
-constexpr uint32_t kWarpArrivals = 32;
-KL_DEVICE void mbarrier_arrive_warp(uint32_t bar, uint32_t = 0) {
-  __syncwarp();
-  mbarrier_arrive(bar);
-}
-#else
 constexpr uint32_t kWarpArrivals = 1;
 KL_DEVICE void mbarrier_arrive_warp(uint32_t bar, uint32_t lane = threadIdx.x % 32) {
   __syncwarp();
   if (lane == 0) mbarrier_arrive(bar);
 }
-#endif
 KL_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   cuda_on_cpu::mbarrier_arrive(bar, bytes);
 }
