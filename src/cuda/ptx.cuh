@@ -66,25 +66,6 @@ KL_DEVICE uint32_t lane_id() {
 KL_DEVICE void named_barrier_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-KL_DEVICE void named_barrier_arrive(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// ---- cp.async: 16 bytes from global to shared memory ------------------------------------------------------
-
-KL_DEVICE void cp_async16(uint32_t smem, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem), "l"(global) : "memory");
-}
-// Copies `bytes` (0 to 16) and fills the rest of the 16 with zeros.
-KL_DEVICE void cp_async16_zfill(uint32_t smem, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(global), "r"(bytes)
-               : "memory");
-}
-KL_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int kPending>
-KL_DEVICE void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 
 // ---- The optimiser ----------------------------------------------------------------------------------------
 
@@ -330,12 +311,8 @@ KL_DEVICE void registers_decrease() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- cp.async that reports to an mbarrier; matrices to shared memory --------------------------------------
+// ---- Matrices to shared memory ----------------------------------------------------------------------------
 
-// One of the arrivals that `bar` was initialised with, once this thread's cp.asyncs so far have landed.
-KL_DEVICE void cp_async_arrive(uint32_t bar) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
-}
 KL_DEVICE void stmatrix_x4(uint32_t smem, const uint32_t (&r)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(r[0]),
                "r"(r[1]), "r"(r[2]), "r"(r[3])
@@ -375,15 +352,6 @@ KL_DEVICE void wgmma_pin(float* d) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 // kTransposedB: b is stored with its n columns contiguous, otherwise with its 16 rows contiguous.
-template <int kTransposedB>
-KL_DEVICE void wgmma_m64n16k16(float* d, const uint32_t (&a)[4], uint64_t b) {
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0, %1, %2, %3, %4, %5, %6, %7 "
-      "}, {%8, %9, %10, %11}, %12, 1, 1, 1, %13;"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kTransposedB));
-}
 template <int kTransposedB>
 KL_DEVICE void wgmma_m64n32k16(float* d, const uint32_t (&a)[4], uint64_t b) {
   asm volatile(

@@ -189,7 +189,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   ::kl::cuda_on_cpu::meet(mask, "__syncwarp", nullptr, nullptr);
 }
-inline void __syncthreads() { ::kl::cuda_on_cpu::block_barrier(0, 0, true); }
+inline void __syncthreads() { ::kl::cuda_on_cpu::block_barrier(0, 0); }
 
 // ---- The runtime: everything is over when a call returns --------------------------------------------------
 

@@ -81,7 +81,7 @@ void lane_main() {
                                    kStackBytes * static_cast<size_t>(self - self->block->lanes.data())) !=
       kStackEnd)
     fail("a thread's stack was too small");
-  async_wait(0), bulk_commit(), bulk_wait(0);
+  bulk_commit(), bulk_wait(0);
   self->wait = Wait::none;
   self->warp->done |= 1u << self->lane;
   --self->block->live;
@@ -201,7 +201,7 @@ void meet(uint32_t mask, const char* operation, void* brought, void (*perform)(M
   leave_lane();
 }
 
-void block_barrier(int id, int threads, bool wait) {
+void block_barrier(int id, int threads) {
   Lane& self = *current;
   Block& b = *self.block;
   NamedBarrier& at = b.barriers[id];
@@ -211,7 +211,6 @@ void block_barrier(int id, int threads, bool wait) {
     fail(cat("barrier ", id, " is asked for with ", threads, " threads and with ", at.threads));
   const int generation = at.generation;
   if (++at.arrived >= all) at.arrived = 0, ++at.generation;
-  if (!wait) return;
   self.word = &at.generation, self.value = generation;
   wait_for(Wait::word);
 }

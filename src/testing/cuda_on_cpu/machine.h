@@ -55,8 +55,8 @@ struct Lane {
   const int* last_word = nullptr;  // what load_acquire() has found last
   int last_value = 0;
   int cluster_generation = 0;
-  int copy_group = 0, store_group = 0;
-  std::vector<Copy> copies, stores;
+  int store_group = 0;
+  std::vector<Copy> stores;
 };
 
 // The thread that is running.
@@ -83,7 +83,7 @@ void meet_with(uint32_t mask, const char* operation, T& brought, F) {
 }
 
 // All threads of a block, or some of its warps. It is an error if others are asked for than those who wait.
-void block_barrier(int id, int threads, bool wait);
+void block_barrier(int id, int threads);
 
 // ---- Waiting ----
 
@@ -110,10 +110,6 @@ void box_load(uint32_t to, const void* map, int x, int y, int z, uint32_t barrie
 void bulk_store(void* to, uint32_t from, uint32_t bytes);
 void bulk_commit();
 void bulk_wait(int pending);
-void async_copy(uint32_t to, const void* from, uint32_t bytes);  // of 16, the rest zeros
-void async_commit();
-void async_wait(int pending);
-void async_arrive(uint32_t barrier);
 
 // ---- Matrix instructions of a warpgroup, which take place when they are waited for ----
 

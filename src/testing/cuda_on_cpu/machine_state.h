@@ -102,7 +102,7 @@ struct Cluster {
 struct Landing {
   std::vector<Copy> copies;
   char* barrier;
-  uint32_t bytes;  // to count; 0: it is an arrival
+  uint32_t bytes;  // to count
   bool late;       // when nobody in the block can go on without it
 };
 

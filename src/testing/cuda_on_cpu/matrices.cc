@@ -72,7 +72,6 @@ void perform_products(const Block& block, Warp& w, int group) {
       w.accumulators.erase(under_way);
     }
     switch (p.n) {
-      case 16: perform<16>(block, p); break;
       case 32: perform<32>(block, p); break;
       case 64: perform<64>(block, p); break;
       default: perform<128>(block, p); break;

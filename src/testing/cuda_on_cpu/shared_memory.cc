@@ -122,34 +122,12 @@ void bulk_store(void* to, uint32_t from, uint32_t bytes) {
 void bulk_commit() { ++current->store_group; }
 void bulk_wait(int pending) { perform_before(current->stores, current->store_group - pending); }
 
-void async_copy(uint32_t to, const void* from, uint32_t bytes) {
-  if (to % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0))
-    fail("cp.async is not aligned");
-  char* p = shared_memory(to);
-  current->copies.push_back(
-      {p, bytes > 0 ? static_cast<const char*>(from) : p, bytes, 16 - bytes, current->copy_group});
-}
-void async_commit() { ++current->copy_group; }
-void async_wait(int pending) {
-  // At the end of a thread also those that nobody has committed.
-  perform_before(current->copies, pending == 0 ? current->copy_group + 1 : current->copy_group - pending);
-}
-void async_arrive(uint32_t barrier) {
-  add_landing({std::move(current->copies), barrier_memory(barrier), 0, false});
-  current->copies.clear();
-}
-
 void Block::land(size_t i) {
   const Landing landing = std::move(landings[i]);
   landings[i] = std::move(landings.back());
   landings.pop_back();
   for (const Copy& c : landing.copies) perform(c);
-  if (landing.bytes > 0) return mbarrier_complete(landing.barrier, landing.bytes);
-  Barrier b = Barrier::at(landing.barrier);
-  if (b.pending == 0) fail("an arrival of cp.async too many at an mbarrier");
-  --b.pending;
-  b.end_phase_if_complete();
-  b.put(landing.barrier);
+  mbarrier_complete(landing.barrier, landing.bytes);
 }
 
 }  // namespace kl::cuda_on_cpu

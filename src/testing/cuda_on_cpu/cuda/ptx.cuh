@@ -37,24 +37,10 @@ KL_DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
 
 KL_DEVICE uint32_t smem_address(const void* p) { return cuda_on_cpu::shared_address(p); }
 KL_DEVICE uint32_t lane_id() { return static_cast<uint32_t>(cuda_on_cpu::current->lane); }
-KL_DEVICE void named_barrier_sync(int id, int threads) { cuda_on_cpu::block_barrier(id, threads, true); }
-KL_DEVICE void named_barrier_arrive(int id, int threads) { cuda_on_cpu::block_barrier(id, threads, false); }
+KL_DEVICE void named_barrier_sync(int id, int threads) { cuda_on_cpu::block_barrier(id, threads); }
 KL_DEVICE int64_t opaque(int64_t x) { return x; }
 KL_DEVICE uint32_t opaque(uint32_t x) { return x; }
 KL_DEVICE int opaque(int x) { return x; }
-
-// ---- cp.async ---------------------------------------------------------------------------------------------
-
-KL_DEVICE void cp_async16(uint32_t smem, const void* global) { cuda_on_cpu::async_copy(smem, global, 16); }
-KL_DEVICE void cp_async16_zfill(uint32_t smem, const void* global, int bytes) {
-  cuda_on_cpu::async_copy(smem, global, static_cast<uint32_t>(bytes));
-}
-KL_DEVICE void cp_async_commit() { cuda_on_cpu::async_commit(); }
-template <int kPending>
-KL_DEVICE void cp_async_wait() {
-  cuda_on_cpu::async_wait(kPending);
-}
-KL_DEVICE void cp_async_arrive(uint32_t bar) { cuda_on_cpu::async_arrive(bar); }
 
 // ---- Matrix fragments: by the last lane that comes, for the whole warp ------------------------------------
 
@@ -246,10 +232,6 @@ KL_DEVICE void wgmma_wait() {
 }
 template <int kCount>
 KL_DEVICE void wgmma_pin(float*) {}
-template <int kTransposedB>
-KL_DEVICE void wgmma_m64n16k16(float* d, const uint32_t (&a)[4], uint64_t b) {
-  cuda_on_cpu::wgmma(d, 16, a, b, kTransposedB);
-}
 template <int kTransposedB>
 KL_DEVICE void wgmma_m64n32k16(float* d, const uint32_t (&a)[4], uint64_t b) {
   cuda_on_cpu::wgmma(d, 32, a, b, kTransposedB);
