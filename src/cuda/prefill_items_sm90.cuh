@@ -316,7 +316,7 @@ class Consumer {
     }
     store_release(progress, closed > 0 ? -closed : end);
     if (!probe) {
-      ring.stopped() = info.serial;
+      atomicExch(ring.stopped(), info.serial);
       return;
     }
     add_relaxed(&p.counters->open, 1);

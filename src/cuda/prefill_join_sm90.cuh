@@ -227,7 +227,7 @@ class Joiner {
         if (thread == 0) {
           const uint32_t bar = smem_address(&m.loaded[buffer]);
           constexpr uint32_t kBytes = sizeof m.matrices[buffer];
-          fence_proxy_async_all();  // M is there, and who had the buffer has read it
+          fence_proxy_async_all();  // M is there
           mbarrier_arrive_expect_tx(bar, kBytes);
           bulk_load(smem_address(m.matrices[buffer]), p.transition + static_cast<int64_t>(item(j)) * D * D,
                     kBytes, bar);
@@ -272,7 +272,8 @@ class Joiner {
           }
         }
       }
-      sync();  // the state before and M have been read
+      fence_proxy_async();  // what was read comes before the copy of the M after the next
+      sync();               // the state before and M have been read
       each_two([&](int e, int row, int k) {
         const float2 a = two(x, e), b = two(lower, e);
         slab(row, k) = stored(open, row, k) = {a.x + b.x, a.y + b.y};

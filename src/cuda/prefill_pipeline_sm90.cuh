@@ -15,6 +15,7 @@
 //   kMayProbe           can its gates be known to forget soon (PrefillParams::probes)?
 //   kKnowsGates         is there an expected_forgetting(...): of a head, the less the later it forgets
 //   load(...)           the copies of one chunk
+//   HeadPart            what the loader itself stores into each slot of a head's chunks
 //   produce(...)        one producer warp, until the end
 #pragma once
 
@@ -93,7 +94,7 @@ struct Ring : Slot {
   static constexpr uint32_t kInfo = kStage + kConsumerWarps * 512;
   static constexpr uint32_t kBarriers = kInfo + kSlots * sizeof(ChunkInfo);  // raw, ready, free [slot]
   static constexpr uint32_t kNorms = kBarriers + 3 * 8 * kSlots;             // [2][consumer warp] f32
-  static constexpr uint32_t kStopped = kNorms + 2 * 4 * kConsumerWarps;      // serial of the item ended early
+  static constexpr uint32_t kStopped = kNorms + 2 * 4 * kConsumerWarps;
   static constexpr uint32_t kBytes = kStopped + 16;
   static_assert(kBytes <= 232448 && kSlots > kProducers && kSlotBytes % 1024 == 0);
 
@@ -124,7 +125,8 @@ struct Ring : Slot {
   KL_DEVICE float* scale(int s) const {
     return reinterpret_cast<float*>(memory + kScale) + s * 3 * kChunkTokens;
   }
-  KL_DEVICE volatile int& stopped() const { return *reinterpret_cast<volatile int*>(memory + kStopped); }
+  // Serial of the transition that was closed last. Atomics only, since nothing orders the two sides.
+  KL_DEVICE int* stopped() const { return reinterpret_cast<int*>(memory + kStopped); }
 };
 
 // Where a role stands in the ring.
@@ -166,8 +168,15 @@ struct Loader {
   // The same in all lanes, and the compiler knows: what the copy engine is told of goes to uniform registers
   // at once. Otherwise every box costs a loop over the lanes, 120 cycles.
   KL_DEVICE static int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+  KL_DEVICE int stopped() const {
+    int x = 0;
+    if (threadIdx.x % 32 == 0) x = atomicAdd(ring.stopped(), 0);
+    return uniform(x);
+  }
 
-  KL_DEVICE void load_chunk(ChunkInfo info, int qk_head) {
+  // store(slot): what else comes with the chunk, by the whole warp.
+  template <class Store>
+  KL_DEVICE void load_chunk(ChunkInfo info, int qk_head, Store&& store) {
     const int slot = uniform(turn.slot);
     info.token = uniform(static_cast<int>(info.token));
     info.head = uniform(info.head), qk_head = uniform(qk_head);
@@ -184,11 +193,14 @@ struct Loader {
       else
         mbarrier_arrive(ring.raw(slot));
     }
+    store(slot);  // while the copies are on their way
+    mbarrier_arrive_warp(ring.raw(slot));
     turn.advance(1);
   }
 
   KL_DEVICE void load_item(Item item, const Segment& s, int head, int first, int end) {
     const int qk_head = p.group == 1 ? head : head / p.group;
+    const typename Op::HeadPart part(p, head);
     int64_t offset = static_cast<int64_t>(s.first_chunk + first) * kChunkTokens;  // in the sequence
     int checkpoint = first_checkpoint(p, s.begin + offset);
     ChunkInfo info{.rows = 0,
@@ -206,7 +218,7 @@ struct Loader {
                    .checkpoint = -1,
                    .first = true};
     for (int c = first; c < end; ++c, offset += kChunkTokens) {
-      if (item == Item::transition && uniform(ring.stopped()) == serial) return;
+      if (item == Item::transition && stopped() == serial) return;
       info.token = s.begin + offset;
       info.rows = static_cast<int>(min(static_cast<int64_t>(kChunkTokens), s.length - offset));
       info.chunk = c;
@@ -218,7 +230,7 @@ struct Loader {
         if (here()) info.checkpoint = checkpoint, info.flags |= kCheckpointAfter;
         while (here()) ++checkpoint;
       }
-      load_chunk(info, qk_head);
+      load_chunk(info, qk_head, [&](int slot) { part.store(ring, slot); });
       info.first = false;
     }
   }
@@ -290,7 +302,8 @@ struct Loader {
                         .serial = 0,
                         .checkpoint = -1,
                         .first = true};
-    for (int w = 0; w < kProducers; ++w) load_chunk(end, 0);  // every producer and the consumers see an end
+    for (int w = 0; w < kProducers; ++w)  // every producer and the consumers see an end
+      load_chunk(end, 0, [](int) {});
   }
 
   // Waits for all probes: has one not closed its M?

@@ -29,11 +29,11 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0);
   if (threadIdx.x == 0) {
     for (int s = 0; s < R::kSlots; ++s) {
-      mbarrier_init(ring.raw(s), 1);
+      mbarrier_init(ring.raw(s), 1 + kWarpArrivals);  // copies, and what the loader stores
       mbarrier_init(ring.ready(s), kWarpArrivals);
       mbarrier_init(ring.free(s), R::D / 16 * kWarpArrivals);
     }
-    ring.stopped() = -1;
+    *ring.stopped() = -1;
     fence_barrier_init();
   }
   __syncthreads();  // the barriers are initialised

@@ -291,6 +291,10 @@ struct DplrPrefill {
   using Slot = DplrSlot<D>;
   static constexpr bool kMayProbe = false, kKnowsGates = false;
   using R = Ring<Slot>;
+  struct HeadPart {
+    KL_DEVICE HeadPart(const Params&, int) {}
+    KL_DEVICE void store(R, int) const {}
+  };
 
   KL_DEVICE static void load(const Params&, R ring, int s, const Maps& maps, const ChunkInfo& info,
                              int head) {

@@ -29,7 +29,6 @@ struct KdaPrefillParams : PrefillParams {
   KdaBeta beta_kind;
   bool l2norm;
   float l2_eps, scale;
-  bool bias_in_ring;  // dt_bias comes with the chunks, where e^Gend will stand
 };
 
 // What the copy engine knows of the inputs.
@@ -141,7 +140,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     uint32_t x[kGateF32 ? 8 : 4];
     float bias[2];
   };
-  KL_DEVICE void load_gate(int slot, const float* bias, int step, RawGate& raw) const {
+  KL_DEVICE void load_gate(int slot, int step, RawGate& raw) const {
     if constexpr (kGateF32) {
       const char* from = ring.memory + R::kApart + slot * R::kApartBytes;
 #pragma unroll
@@ -153,7 +152,10 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     } else {
       ldmatrix_x4_trans(raw.x, Base::template block<kPanelBytes>(ring.slot(slot) + R::kWrite, step));
     }
-    if (bias != nullptr) raw.bias[0] = bias[16 * step + g], raw.bias[1] = bias[16 * step + g + 8];
+    if constexpr (kKind != KdaGateKind::log_decay) {  // before the step's decays take their place
+      const float* bias = ring.decay(slot) + 16 * step + g;
+      raw.bias[0] = bias[0], raw.bias[1] = bias[8];
+    }
   }
   template <bool kFull>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
@@ -276,16 +278,11 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     if (lane % 16 < rows) raw_beta = load_raw(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
     const GateForm form = gate_form(p.gate, head);
-    // A step's biases are read before its decays take their place.
-    const float* bias = p.bias_in_ring ? ring.decay(slot)
-                        : p.gate.dt_bias != nullptr && kKind != KdaGateKind::log_decay
-                            ? p.gate.dt_bias + head * p.gate.dt_stride
-                            : nullptr;
     float L[2][4] = {}, A[2][4] = {};                  // raw; [token j / 8][fragment]
     float k_squares[2][4] = {}, q_squares[2][4] = {};  // k k^T and q q^T inside the halves
     bool any_steep = false;
     RawGate raw{};
-    load_gate(slot, bias, 0, raw);
+    load_gate(slot, 0, raw);
     __syncwarp();  // biases of the first step have been read
 #pragma unroll(kMayBeSteep ? 1 : 2)
     for (int step = 0; step < D / 16; ++step) {
@@ -293,7 +290,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
       {
         float x[8];
         gates<kFull>(raw, form, rows, x);
-        load_gate(slot, bias, min(step + 1, D / 16 - 1), raw);
+        if (step + 1 < D / 16) load_gate(slot, step + 1, raw);
         Base::sum_gates(x, sum);
       }
       uint32_t k[4], q[4];
@@ -412,16 +409,29 @@ struct KdaPrefill {
   static constexpr bool kMayProbe = true, kKnowsGates = true;
   using R = Ring<Slot>;
 
-  KL_DEVICE static void load(const Params& p, R ring, int s, const Maps& maps, const ChunkInfo& info,
+  // dt_bias, where a chunk's decays will stand.
+  struct HeadPart {
+    static constexpr int kOwn = D / 32;
+    float bias[kOwn];
+    KL_DEVICE HeadPart(const Params& p, int head) {
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) bias[i] = dt_bias_of(p.gate, head, first() + i);
+    }
+    KL_DEVICE void store(R ring, int s) const {
+#pragma unroll
+      for (int i = 0; i < kOwn; i += 2)
+        *reinterpret_cast<float2*>(ring.decay(s) + first() + i) = {bias[i], bias[i + 1]};
+    }
+    KL_DEVICE static int first() { return static_cast<int>(threadIdx.x % 32) * kOwn; }
+  };
+
+  KL_DEVICE static void load(const Params&, R ring, int s, const Maps& maps, const ChunkInfo& info,
                              int qk_head) {
     const uint32_t bar = ring.raw(s), slot = ring.slot(s);
     const bool value = info.item == Item::value;
     const int token = static_cast<int>(info.token);
     constexpr uint32_t kPanel = kPanelBytes, kGateBytes = kGateF32 ? R::kApartBytes : R::kPanels * kPanel;
-    mbarrier_arrive_expect_tx(
-        bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes + (p.bias_in_ring ? 4 * D : 0));
-    if (p.bias_in_ring)
-      bulk_load(smem_address(ring.decay(s)), p.gate.dt_bias + info.head * p.gate.dt_stride, 4 * D, bar);
+    mbarrier_arrive_expect_tx(bar, R::kPanels * (value ? 3 : 2) * kPanel + kGateBytes);
 #pragma unroll
     for (int panel = 0; panel < R::kPanels; ++panel) {
       box_load(slot + R::kPair + panel * 2 * kPanel, &maps.k, 64 * panel, qk_head, token, bar);

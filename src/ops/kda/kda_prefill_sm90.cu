@@ -43,10 +43,7 @@ KdaPrefillParams make_params(const KdaArgs& a, const PrefillPlan& plan) {
           a.beta_kind,
           a.l2norm,
           a.l2_eps,
-          a.scale != 0 ? a.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(plan.D))),
-          a.gate.dt_bias && a.gate.kind != KdaGateKind::log_decay &&
-              reinterpret_cast<uintptr_t>(a.gate.dt_bias.data) % 16 == 0 &&
-              a.gate.dt_bias.stride[0] % 4 == 0};
+          a.scale != 0 ? a.scale : static_cast<float>(1 / std::sqrt(static_cast<double>(plan.D)))};
 }
 
 }  // namespace
