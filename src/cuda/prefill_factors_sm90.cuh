@@ -47,14 +47,17 @@ class FactorWarp {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int token = 2 * t + i;
-      sums[0][i] = __float_as_uint(g == 7 ? 1.f : token > g ? -1.f : 0.f);
-      sums[1][i] = __float_as_uint(token <= g ? 1.f : 0.f);
+      sums[2 * i] = __float_as_uint(g == 7 ? 1.f : token > g ? -1.f : 0.f);
+      sums[2 * i + 1] = __float_as_uint(token <= g ? 1.f : 0.f);
     }
+    own_rows = piece_at(lane % 16, lane / 16);
+    own_tokens = piece_at(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
 
   R ring;
   int lane, g, t;
-  uint32_t sums[2][2];  // of each half; for tokens 2t and 2t + 1 of it
+  uint32_t sums[4];               // a left operand: those of the first half in rows 0 to 7
+  uint32_t own_rows, own_tokens;  // lane's row in block() and block_by_tokens(), of a panel's first block
 
   // Chunk after chunk of the ring, from slot `warp` on: make(slot, info, all 16 tokens are there).
   template <class Make>
@@ -106,22 +109,23 @@ class FactorWarp {
     for (int i = 0; i < D / 32; ++i) decay[32 * i] = x[i];
   }
 
-  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`; panels kApart bytes apart, its
-  // address of the first row of a matrix is that of token `row`.
+  // Where a row of a panel's first block stands in the block `step`; panels are kApart bytes apart. Two
+  // pieces further is another bit in the swizzle, too.
   template <uint32_t kApart>
-  KL_DEVICE uint32_t block(uint32_t region, int step, int row) const {
-    return region + step / 4 * kApart + piece_at(row, 2 * (step % 4) + lane / 16);
+  KL_DEVICE static uint32_t row_of_block(uint32_t region, int step, uint32_t row) {
+    return region + step / 4 * kApart + (row ^ step % 4 * 32);
   }
+  // Lane's address for ldmatrix and stmatrix of the 16 x 16 block `step`.
   template <uint32_t kApart>
   KL_DEVICE uint32_t block(uint32_t region, int step) const {
-    return block<kApart>(region, step, lane % 16);
+    return row_of_block<kApart>(region, step, own_rows);
   }
 
   // The same with the block's second and third matrix of 8 x 8 exchanged, so that the two that make a right
   // operand of 8 tokens stand in neighbouring registers.
   template <uint32_t kApart>
   KL_DEVICE uint32_t block_by_tokens(uint32_t region, int step) const {
-    return region + step / 4 * kApart + piece_at(lane % 8 + lane / 16 * 8, 2 * (step % 4) + lane / 8 % 2);
+    return row_of_block<kApart>(region, step, own_tokens);
   }
 
   // Elements -> fragment.
@@ -138,15 +142,12 @@ class FactorWarp {
   // dropped: who makes them multiplies by kDroppedBits, so that they are not off on average. A decayed weight
   // e^G is off by |G| e^G times 2^-10.6 at most, 2^-12 of what it is a weight of.
   KL_DEVICE void sum_gates(const float (&x)[8], float (&sum)[8]) const {
-    float d[2][4] = {};
 #pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      const float* y = x + 4 * tile;
-      mma_tf32(d[tile], {sums[0][0], 0, sums[0][1], 0}, __float_as_uint(y[0]), __float_as_uint(y[1]));
-      mma_tf32(d[tile], {0, sums[1][0], 0, sums[1][1]}, __float_as_uint(y[2]), __float_as_uint(y[3]));
+    for (int e = 0; e < 8; e += 2) {  // two tokens of a half
+      float d[4] = {};                // sums of either half, of which one is meant
+      mma_tf32(d, sums, __float_as_uint(x[e]), __float_as_uint(x[e + 1]));
+      sum[e] = d[e % 4], sum[e + 1] = d[e % 4 + 1];
     }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] = d[e / 4][e % 4];
   }
 
   KL_DEVICE MiddleDecays decays(const float (&sum)[8]) const {

@@ -88,7 +88,7 @@ class DplrProducer : FactorWarp<DplrSlot<kWidth>> {
     return Base::template block<kPanelBytes>(region, step);
   }
   KL_DEVICE uint32_t next_token_block(uint32_t region, int step) const {
-    return Base::template block<kPairPanels>(region, step, (lane + 1) % 16);
+    return Base::template row_of_block<kPairPanels>(region, step, piece_at((lane + 1) % 16, lane / 16));
   }
 
   KL_DEVICE static void unpack(const uint32_t (&r)[4], float (&x)[8]) {

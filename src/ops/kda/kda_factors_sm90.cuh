@@ -55,13 +55,15 @@ struct KdaSlot {
 
 // What turns a raw gate and its bias into log2 of a decay.
 struct GateForm {
-  float in, out;  // factors before and after the nonlinear part
+  float in;   // a factor before the nonlinear part
+  float out;  // one after it; of a bounded gate its inverse
 };
 KL_DEVICE GateForm gate_form(const GateParams& gate, int head) {
   const float rate = gate.A_log != nullptr ? expf(gate.A_log[head]) : 1.f;
   switch (gate.kind) {
     case KdaGateKind::softplus: return {kLog2e, -rate * kDroppedBits};
-    case KdaGateKind::bounded: return {-kLog2e * rate, gate.lower_bound * kLog2e * kDroppedBits};
+    case KdaGateKind::bounded:  // the inverse of next to nothing times 0 is 0, and not NaN
+      return {-kLog2e * rate, fmaxf(1 / (gate.lower_bound * kLog2e * kDroppedBits), -1e38f)};
     default: return {kLog2e * kDroppedBits, 1.f};
   }
 }
@@ -72,20 +74,20 @@ KL_DEVICE float log2_decay_softplus(const GateForm& f, float y) {
   const float ratio = fmaf(u, fmaf(u, fmaf(u, -0.107254424f, 0.366480611f), -0.701747259f), 1.44212809f);
   return f.out * fmaf(u, ratio, fmaxf(y, 0.f));
 }
-// Elements e / 4 = 0 and 1 have one bias each.
-template <KdaGateKind kKind>
+// Elements e / 4 = 0 and 1 have one bias each, multiplied by `in` already. kDeep: they may be below
+// kMinLogDecay.
+template <KdaGateKind kKind, bool kDeep>
 KL_DEVICE void log2_decays(const GateForm& f, const float (&bias)[2], float (&x)[8]) {
-  const float b[2] = {bias[0] * f.in, bias[1] * f.in};
 #pragma unroll
-  for (int e = 0; e < 8; ++e) x[e] = fmaf(x[e], f.in, b[e / 4]);
+  for (int e = 0; e < 8; ++e) x[e] = fmaf(x[e], f.in, bias[e / 4]);
   if constexpr (kKind == KdaGateKind::bounded) {
 #pragma unroll
-    for (float& e : x) e = f.out * rcp_approx(1.f + exp2_approx(e));
+    for (float& e : x) e = rcp_approx(fmaf(exp2_approx(e), f.out, f.out));
   } else if constexpr (kKind == KdaGateKind::softplus) {
 #pragma unroll
     for (float& e : x) e = log2_decay_softplus(f, e);
   }
-  if (kKind != KdaGateKind::bounded || f.out < kMinLogDecay) {
+  if constexpr (kDeep) {
 #pragma unroll
     for (float& e : x) e = fmaxf(e, kMinLogDecay);
   }
@@ -122,7 +124,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
   const KdaPrefillParams& p;
   float* scratch;
 
-  // Of tokens g and g + 8: 1 / length and the length, squares being on the diagonals of x x^T.
+  // Of tokens g and g + 8: 1 / length and the length, squares being on the diagonal of x x^T.
   KL_DEVICE void lengths(const float (&squares)[2][4], float (&inverse)[2], float (&length)[2]) const {
     const int from = (lane & ~3) | g / 2;
 #pragma unroll
@@ -157,14 +159,14 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
       raw.bias[0] = bias[0], raw.bias[1] = bias[8];
     }
   }
-  template <bool kFull>
+  template <bool kFull, bool kDeep>
   KL_DEVICE void gates(const RawGate& raw, const GateForm& form, int rows, float (&x)[8]) const {
 #pragma unroll
     for (int e = 0; e < 8; ++e)
       x[e] = kGateF32 ? __uint_as_float(raw.x[kGateF32 ? e : 0])
              : e % 2  ? high_half(raw.x[e / 2])
                       : low_half(raw.x[e / 2]);
-    log2_decays<kKind>(form, raw.bias, x);
+    log2_decays<kKind, kDeep>(form, raw.bias, x);
     if (!kFull) {
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -278,8 +280,8 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     if (lane % 16 < rows) raw_beta = load_raw(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
     const GateForm form = gate_form(p.gate, head);
-    float L[2][4] = {}, A[2][4] = {};                  // raw; [token j / 8][fragment]
-    float k_squares[2][4] = {}, q_squares[2][4] = {};  // k k^T and q q^T inside the halves
+    float L[2][4] = {}, A[2][4] = {};  // raw; [token j / 8][fragment]
+    float q_squares[2][4] = {};        // q q^T inside the halves
     bool any_steep = false;
     RawGate raw{};
     load_gate(slot, 0, raw);
@@ -289,28 +291,25 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
       float sum[8];
       {
         float x[8];
-        gates<kFull>(raw, form, rows, x);
-        if (step + 1 < D / 16) load_gate(slot, step + 1, raw);
+        gates<kFull, kMayBeSteep>(raw, form, rows, x);
+        load_gate(slot, (step + 1) % (D / 16), raw);  // after the last step whatever is there
         Base::sum_gates(x, sum);
       }
       uint32_t k[4], q[4];
       {
-        uint32_t by_tokens[4];
-        const auto load = [&](uint32_t from, uint32_t(&x)[4], float(&squares)[2][4]) {
-          ldmatrix_x4(x, Base::template block<kPairPanels>(from, step));
-          ldmatrix_x4(by_tokens, Base::template block_by_tokens<kPairPanels>(from, step));
-          if (!kFull) {
+        uint32_t by_tokens[4];  // q
+        ldmatrix_x4(k, Base::template block<kPairPanels>(pair, step));
+        ldmatrix_x4(q, Base::template block<kPairPanels>(pair + kPanelBytes, step));
+        ldmatrix_x4(by_tokens, Base::template block_by_tokens<kPairPanels>(pair + kPanelBytes, step));
+        if (!kFull) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (g + i % 2 * 8 >= rows) x[i] = 0;
-              if (g + i / 2 * 8 >= rows) by_tokens[i] = 0;
-            }
+          for (int i = 0; i < 4; ++i) {
+            if (g + i % 2 * 8 >= rows) k[i] = q[i] = 0;
+            if (g + i / 2 * 8 >= rows) by_tokens[i] = 0;
           }
-          mma_bf16(squares[0], x, by_tokens[0], by_tokens[1]);
-          mma_bf16(squares[1], x, by_tokens[2], by_tokens[3]);
-        };
-        load(pair, k, k_squares);
-        load(pair + kPanelBytes, q, q_squares);
+        }
+        mma_bf16(q_squares[0], q, by_tokens[0], by_tokens[1]);
+        mma_bf16(q_squares[1], q, by_tokens[2], by_tokens[3]);
       }
 
       uint32_t read_k[4], read_q[4], keep[4];
@@ -353,7 +352,7 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     }
     if (any_steep && lane == 0) ring.info(slot).flags |= kSteep;
     float nk[2], k_length[2], nq[2], q_length[2];
-    lengths(k_squares, nk, k_length);
+    lengths(L, nk, k_length);  // no decay on the diagonal
     lengths(q_squares, nq, q_length);
     if (!kFull) {  // a factor of a row that is not there may be inf
       if (g >= rows) nk[0] = nq[0] = k_length[0] = 0;
@@ -409,13 +408,14 @@ struct KdaPrefill {
   static constexpr bool kMayProbe = true, kKnowsGates = true;
   using R = Ring<Slot>;
 
-  // dt_bias, where a chunk's decays will stand.
+  // dt_bias times GateForm::in, where a chunk's decays will stand.
   struct HeadPart {
     static constexpr int kOwn = D / 32;
     float bias[kOwn];
     KL_DEVICE HeadPart(const Params& p, int head) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) bias[i] = dt_bias_of(p.gate, head, first() + i);
+      for (int i = 0; i < kOwn; ++i)
+        bias[i] = dt_bias_of(p.gate, head, first() + i) * gate_form(p.gate, head).in;
     }
     KL_DEVICE void store(R ring, int s) const {
 #pragma unroll
