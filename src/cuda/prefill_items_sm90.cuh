@@ -53,10 +53,10 @@ class Consumer {
   // (kMiddle).
   KL_DEVICE void next() {
     const int done = turn.slot;
-    if (!R::kMiddle) mbarrier_arrive_warp(ring.free(done), lane());
+    if (!R::kMiddle) mbarrier_arrive_warp(ring.free(done), scan.own_lane);
     turn.advance(1);
     wait();
-    if (R::kMiddle) mbarrier_arrive_warp(ring.free(done), lane());
+    if (R::kMiddle) mbarrier_arrive_warp(ring.free(done), scan.own_lane);
   }
 
   KL_DEVICE void run_value(int probed) {
@@ -77,10 +77,12 @@ class Consumer {
         for (;;) {  // apart, so that nothing else has a say in where this loop keeps the state
           flags = scan.template chunk<true>(turn.slot, out, S);
           out += out_step;
-          if (kProbes && --to_meet == 0) meet(ring.info(turn.slot));
-          if (flags & (kLastChunk | kCheckpointAfter)) break;
+          bool stop = (flags & (kLastChunk | kCheckpointAfter)) != 0;  // one branch for all that is rare
+          if (kProbes) stop |= --to_meet == 0;
+          if (stop) break;
           next();
         }
+        if (kProbes && to_meet == 0) meet(ring.info(turn.slot));
         if (flags & kCheckpointAfter) store_checkpoints(ring.info(turn.slot), S);
         if (flags & kLastChunk) break;
         next();

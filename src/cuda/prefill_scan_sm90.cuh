@@ -29,7 +29,9 @@ class Scan {
   static constexpr int D = Slot::D;
 
  public:
-  KL_DEVICE Scan(R r, int w) : ring(r), warp(w) {}
+  KL_DEVICE Scan(R r, int w) : own_lane(threadIdx.x % 32), ring(r), warp(w) {}
+
+  const uint32_t own_lane;  // kept: reading it from its special register takes 70 cycles
 
   // The chunk in slot `at`; returns its flags. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
   // lane's 8 value channels of token lane / 2 belong. Transitions are run with the columns of the identity
@@ -39,7 +41,7 @@ class Scan {
   template <bool kValue, bool kQueryOrder = false>
   KL_DEVICE int chunk(int at, bf16* out, float* S, int64_t eight_tokens = 0) const {
     // Addresses that depend on the lane are made anew in each chunk, rather than spilled.
-    const uint32_t lane = opaque(threadIdx.x) % 32, t = lane % 4;
+    const uint32_t lane = opaque(own_lane), t = lane % 4;
     // The same in all lanes, and the compiler knows: descriptors go to uniform registers at once.
     const int slot = __shfl_sync(0xffffffffu, at, 0);
     const int rows = ring.info(slot).rows, flags = ring.info(slot).flags;
@@ -61,7 +63,10 @@ class Scan {
         const int e = 4 * (m % 2) + 2 * (m / 2);
         RO[e] = low_half(v[m]), RO[e + 1] = high_half(v[m]);
       }
-      if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + 2 * t).multiply(RO);
+      if constexpr (Slot::kScaled) {
+        TokenFactors of_v;
+        of_v.load(ring.scale(slot) + 2 * t), of_v.multiply(RO);
+      }
     }
     const float* decay = ring.decay(slot) + 2 * t;
     if constexpr (Slot::kMiddle) multiply(S, decay, [](float d) { return d; });
@@ -82,6 +87,8 @@ class Scan {
     for (int step = 0; step < D / 16; ++step)
       wgmma_m64n32k16<0>(RO, s[step], wgmma_behind(pair, step / 4 * 2 * kPanelBytes + step % 4 * 32));
     wgmma_commit();
+    TokenFactors of_R, of_O;  // on their way during the waits before which they are not needed
+    if constexpr (Slot::kScaled) of_R.load(ring.scale(slot) + kChunkTokens + 2 * t);
     wgmma_wait<0>();
     if constexpr (Slot::kMiddle)
       if (flags & kSteep) multiply(S, ring.after(slot) + 2 * t, decay_between);
@@ -89,7 +96,7 @@ class Scan {
     float left[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) left[e] = RO[e];
-    if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + kChunkTokens + 2 * t).multiply(left);
+    if constexpr (Slot::kScaled) of_R.multiply(left);
     const uint32_t r[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
                            pack_bf16(left[4], left[5]), pack_bf16(left[6], left[7])};
     wgmma_pin<16>(RO);
@@ -103,9 +110,10 @@ class Scan {
     if constexpr (kApart)
       update(S, v, wgmma_matrix(base + R::kKeys, kPanelBytes, 1024, WgmmaLayout::swizzle_128));
     wgmma_commit();
+    if constexpr (Slot::kScaled) of_O.load(ring.scale(slot) + 2 * kChunkTokens + 2 * t);
     wgmma_wait<1>();  // O is there; the state is not yet
     wgmma_pin<16>(RO);
-    if constexpr (Slot::kScaled) TokenFactors(ring.scale(slot) + 2 * kChunkTokens + 2 * t).multiply(RO + 8);
+    if constexpr (Slot::kScaled) of_O.multiply(RO + 8);
     const uint32_t o[4] = {pack_bf16(RO[8], RO[9]), pack_bf16(RO[10], RO[11]), pack_bf16(RO[12], RO[13]),
                            pack_bf16(RO[14], RO[15])};
     // 16 value channels x 16 tokens through the warp's corner of shared memory, so that 32 bytes of a row
@@ -151,7 +159,7 @@ class Scan {
   // A factor for each of the lane's tokens; `from` is that of the first one.
   struct TokenFactors {
     float2 half[2];
-    KL_DEVICE explicit TokenFactors(const float* from) {
+    KL_DEVICE void load(const float* from) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) half[i] = *reinterpret_cast<const float2*>(from + 8 * i);
     }

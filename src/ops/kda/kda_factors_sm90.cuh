@@ -279,7 +279,8 @@ class KdaProducer : FactorWarp<KdaSlot<kWidth, kGateF32>> {
     RawElement raw_beta;
     if (lane % 16 < rows) raw_beta = load_raw(p.beta, offset_of(p.beta, info.token + lane % 16, head));
 
-    const GateForm form = gate_form(p.gate, head);
+    const float2 in_out = *reinterpret_cast<const float2*>(ring.scale(slot));
+    const GateForm form{in_out.x, in_out.y};
     float L[2][4] = {}, A[2][4] = {};  // raw; [token j / 8][fragment]
     float q_squares[2][4] = {};        // q q^T inside the halves
     bool any_steep = false;
@@ -408,19 +409,21 @@ struct KdaPrefill {
   static constexpr bool kMayProbe = true, kKnowsGates = true;
   using R = Ring<Slot>;
 
-  // dt_bias times GateForm::in, where a chunk's decays will stand.
+  // The gate's form, where a chunk's factors for tokens will stand, and dt_bias times GateForm::in, where its
+  // decays will.
   struct HeadPart {
     static constexpr int kOwn = D / 32;
+    GateForm form;
     float bias[kOwn];
-    KL_DEVICE HeadPart(const Params& p, int head) {
+    KL_DEVICE HeadPart(const Params& p, int head) : form(gate_form(p.gate, head)) {
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
-        bias[i] = dt_bias_of(p.gate, head, first() + i) * gate_form(p.gate, head).in;
+      for (int i = 0; i < kOwn; ++i) bias[i] = dt_bias_of(p.gate, head, first() + i) * form.in;
     }
     KL_DEVICE void store(R ring, int s) const {
 #pragma unroll
       for (int i = 0; i < kOwn; i += 2)
         *reinterpret_cast<float2*>(ring.decay(s) + first() + i) = {bias[i], bias[i + 1]};
+      if (threadIdx.x % 32 == 0) *reinterpret_cast<float2*>(ring.scale(s)) = {form.in, form.out};
     }
     KL_DEVICE static int first() { return static_cast<int>(threadIdx.x % 32) * kOwn; }
   };
