@@ -46,7 +46,8 @@ class Consumer {
   Turn<R::kSlots> turn{0};
   int norms = 0;  // which of the two buffers is next
 
-  // Read again and again, so that neither it nor what is made of it takes a register of the loops.
+  // Outside of the loops, which have Scan::own_lane: read again and again, so that nothing that is made of it
+  // takes a register of theirs.
   KL_DEVICE static uint32_t lane() { return opaque(threadIdx.x) % 32; }
   KL_DEVICE void wait() { mbarrier_wait(ring.ready(turn.slot), turn.phase); }
   // To the next chunk, done with this one. Of the chunk before, a producer needs its decay after it

@@ -121,7 +121,8 @@ struct Ring : Slot {
   // that decays by too much for that: its factors are relative to the chunk's start and its end, and it
   // decays by the amount of this between being read and being written, and not after the chunk.
   KL_DEVICE float* after(int s) const { return reinterpret_cast<float*>(memory + kAfter) + s * D; }
-  // kScaled: factors of the tokens' v; R's stand kChunkTokens further, O's after them.
+  // kScaled: factors of the tokens' v; R's stand kChunkTokens further, O's after them. Before the producer
+  // writes them what the operator likes.
   KL_DEVICE float* scale(int s) const {
     return reinterpret_cast<float*>(memory + kScale) + s * 3 * kChunkTokens;
   }

@@ -31,7 +31,7 @@ class Scan {
  public:
   KL_DEVICE Scan(R r, int w) : own_lane(threadIdx.x % 32), ring(r), warp(w) {}
 
-  const uint32_t own_lane;  // kept: reading it from its special register takes 70 cycles
+  const uint32_t own_lane;  // kept: from its special register it takes up to 75 cycles
 
   // The chunk in slot `at`; returns its flags. S: [channel / 8][2 (v / 8) + channel % 2]. out: where the
   // lane's 8 value channels of token lane / 2 belong. Transitions are run with the columns of the identity
@@ -87,7 +87,7 @@ class Scan {
     for (int step = 0; step < D / 16; ++step)
       wgmma_m64n32k16<0>(RO, s[step], wgmma_behind(pair, step / 4 * 2 * kPanelBytes + step % 4 * 32));
     wgmma_commit();
-    TokenFactors of_R, of_O;  // on their way during the waits before which they are not needed
+    TokenFactors of_R, of_O;  // on their way during the waits for what they multiply
     if constexpr (Slot::kScaled) of_R.load(ring.scale(slot) + kChunkTokens + 2 * t);
     wgmma_wait<0>();
     if constexpr (Slot::kMiddle)
